@@ -99,7 +99,7 @@ class Config:
     max_new_tokens: int = flag(0, "longest completion in tokens; 0: that of the references, 512 for real models")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float64"] = flag(
-        "float32", "of both models; with bfloat16 the optimizer keeps float32 weights")
+        "float32", "of the computation; with bfloat16 the student's own weights stay float32")
     gradient_checkpointing: bool = flag(False, "compute the student's activations twice instead of storing them")
 
     eval_every: int = flag(20, "steps between evaluations on the validation split, each with a checkpoint")
@@ -531,9 +531,10 @@ class Row(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a router sees of one policy."""
+    """What a router sees of one policy, for the N completion tokens of the optimizer batch, laid end to end."""
     logp: torch.Tensor               # (N,) of the sampled tokens
     entropy: torch.Tensor            # (N,)
+    position: torch.Tensor           # (N,) of the token in its completion, from 0
 
 
 def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
@@ -550,8 +551,9 @@ class Recipe:
 
     @property
     def routes(self) -> bool:
-        """Does it matter where a token goes?"""
-        return len(self.rows) < len(Regime) or len(set(self.rows.values())) > 1
+        """Does it matter where a token goes? Where all rows are the same, the router is not asked."""
+        rows = set(self.rows.values())
+        return len(self.rows) < len(Regime) or len(rows) > 1 or any(callable(row.weight) for row in rows)
 
     @property
     def policies(self) -> list[str]:
@@ -588,14 +590,15 @@ def chunks(index: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
 
 
 @torch.no_grad()
-def scores_of(logp, tokens: torch.Tensor) -> Scores:
-    """The log-probs (N,) of the sampled tokens (N,), and the entropies (N,), from log-probs (N, V)."""
-    of_tokens, entropies = torch.empty(len(tokens), device=tokens.device), torch.empty(len(tokens), device=tokens.device)
+def scores_of(logp, tokens: torch.Tensor, mask: torch.Tensor) -> Scores:
+    """The scores of the completion tokens (B, T) where mask (B, T), from their log-probs (N, V)."""
+    tokens, position = tokens[mask], (mask.cumsum(1) - 1)[mask]           # (N,)
+    of_tokens, entropies = torch.empty(2, len(tokens), device=tokens.device)
     for index in chunks(torch.arange(len(tokens), device=tokens.device), logp.shape[1]):
         rows = logp[index]                                                # (n, V)
         of_tokens[index] = rows.gather(1, tokens[index, None])[:, 0].to(of_tokens.dtype)
         entropies[index] = -(rows.exp() * rows).sum(-1).to(of_tokens.dtype)
-    return Scores(of_tokens, entropies)
+    return Scores(of_tokens, entropies, position)
 
 
 def deal(recipe: Recipe, scores: dict[str, Scores], betas: dict[str, float], tokens: torch.Tensor):
@@ -644,7 +647,7 @@ def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, 
                       mask: torch.Tensor, *, top_k: int, **betas: float) -> torch.Tensor:
     """Any recipe in one call: log-probs (B, T, V) of the student and of {policy: ...}, tokens and mask (B, T) -> scalar."""
     sources = {name: logp[mask].detach() for name, logp in sources.items()}                  # (N, V)
-    scores = {name: scores_of(sources[name], tokens[mask]) for name in recipe.policies}
+    scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.policies}
     regimes, weights = deal(recipe, scores, betas, tokens[mask])
     return recipe_loss(recipe, student[mask], sources, tokens[mask], regimes, weights * sequence_mean(mask), top_k)[0]
 
@@ -683,63 +686,41 @@ def prompts_of(policy: Policy, rows: list[dict]) -> list[list[int]]:
 
 
 class Trainee:
-    """The student, its AdamW, and the copy of it that reads the hint.
-
-    With a bfloat16 model the optimizer works on float32 weights: at lr 5e-6 bfloat16 rounds every step away.
-    """
+    """The student, its AdamW, and the copy of it that reads the hint (the student itself if that is live)."""
 
     def __init__(self, student, teacher, config: Config):
-        self.student, self.weights = student, list(student.parameters())
-        self.masters = [weight.detach().float().requires_grad_() if weight.dtype == torch.bfloat16 else weight
-                        for weight in self.weights]
-        self.adamw = torch.optim.AdamW(self.masters, config.lr, weight_decay=0.0)
-        self.decay = {"live": None, "frozen": 1.0, "ema": config.ema_decay}[config.privileged_student]
-        self.slow = copy.deepcopy(student).requires_grad_(False) if self.decay is not None else student
-        self.average = [master.detach().clone() for master in self.masters] if self.decay is not None else []
-        self.policies = {"student": Policy(student, False), "privileged_student": Policy(self.slow, True),
+        self.student, live = student, config.privileged_student == "live"
+        self.adamw = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
+        self.decay = config.ema_decay if config.privileged_student == "ema" else 1.0
+        self.reader = student if live else copy.deepcopy(student).requires_grad_(False)
+        self.policies = {"student": Policy(student, False), "privileged_student": Policy(self.reader, True),
                          "teacher": Policy(teacher, False), "privileged_teacher": Policy(teacher, True)}
-
-    def collect(self) -> None:
-        """After the backward pass of a micro-batch: adds its gradient up in float32."""
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-                weight.grad = None
 
     def clip(self) -> float:
         """Sums the gradient over the processes and clips it to norm 1; returns the norm it had."""
         if dist.is_initialized():
-            for master in self.masters:
-                dist.all_reduce(master.grad)
-        return torch.nn.utils.clip_grad_norm_(self.masters, 1.0).item()
+            for weight in self.student.parameters():
+                dist.all_reduce(weight.grad)
+        return torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0).item()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad()
-        for average, master in zip(self.average, self.masters):
-            average.lerp_(master, 1 - self.decay)
-        self.write_weights()
-
-    def write_weights(self) -> None:
-        for weight, master in zip(self.weights, self.masters):
-            weight.copy_(master)
-        for weight, average in zip(self.slow.parameters(), self.average):
-            weight.copy_(average)
+        for average, weight in zip(self.reader.parameters(), self.student.parameters()):
+            average.lerp_(weight, 1 - self.decay)                         # the live reader is the student: no change
 
     def save(self, folder: Path, step: int, tokenizer) -> None:
         """A folder that plain transformers can load, and beside the model what training needs to go on."""
         with new_folder(folder / f"step-{step}") as fresh:
-            self.student.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-            torch.save({"adamw": self.adamw.state_dict(), "masters": [master.detach() for master in self.masters],
-                        "average": self.average}, fresh / "training.pt")
+            save_model(self.student, tokenizer, fresh)
+            torch.save({"adamw": self.adamw.state_dict(), "student": self.student.state_dict(),
+                        "reader": self.reader.state_dict()}, fresh / "training.pt")     # shared weights are stored once
         for older in folder.glob("step-*"):
             if older.name != f"step-{step}":
                 shutil.rmtree(older)
 
-    @torch.no_grad()
     def load(self, folder: Path) -> int:
         """Back to the newest checkpoint; returns its step, 0 where there is none."""
         done = max((int(path.name[len("step-"):]) for path in folder.glob("step-*[0-9]")), default=0)
@@ -748,13 +729,17 @@ class Trainee:
             try:
                 saved = torch.load(file, map_location=self.student.device, weights_only=True)
                 self.adamw.load_state_dict(saved["adamw"])
-                for weight, value in zip(self.masters + self.average, saved["masters"] + saved["average"], strict=True):
-                    weight.copy_(value)
+                self.student.load_state_dict(saved["student"])
+                self.reader.load_state_dict(saved["reader"])
             except Exception as error:
                 raise InputError(f"{file}: damaged ({first_line(error)}); delete {file.parent} to train from the "
                                  "start") from None
-            self.write_weights()
         return done
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def cosine(step: int, steps: int, floor: float = 0.0) -> float:
@@ -782,7 +767,7 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
     config, policies = setup.config, trainee.policies
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = [row for row in rows for _ in range(config.rollouts)]                             # B, of all processes
-    size = config.micro_batch or math.ceil(len(rows) / processes)
+    size = min(config.micro_batch or len(rows), math.ceil(len(rows) / processes))
     numbers = range(0, len(rows), size)
     parts = []                                                            # micro-batches (rows, tokens, mask)
     for start in numbers[len(numbers) * rank // processes:len(numbers) * (rank + 1) // processes]:
@@ -797,7 +782,7 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
     with torch.no_grad():
         sources = {name: [setup.score(policies[name], *part) for part in parts] for name in recipe.policies}
         for name in recipe.policies if recipe.routes else ():
-            of_parts = [scores_of(logp, tokens[mask]) for logp, (_, tokens, mask) in zip(sources[name], parts)]
+            of_parts = [scores_of(logp, *part[1:]) for logp, part in zip(sources[name], parts)]
             scores[name] = Scores(*(everyone(torch.cat(values))[0] for values in zip(*of_parts)))
         betas = {"beta_light": config.beta_light, "beta_weak": config.beta_weak}
         all_tokens, own = everyone(tokens)
@@ -815,8 +800,7 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
         loss, losses[here] = recipe_loss(recipe, student_logp, of_sources, tokens[here], regimes[here], weights[here],
                                          config.top_k)
         loss.backward()
-        trainee.collect()
-        entropies[here] = scores_of(student_logp, tokens[here]).entropy
+        entropies[here] = scores_of(student_logp, *part[1:]).entropy
         start = here.stop
 
     weighted = everyone(losses * weights)[0]
@@ -865,6 +849,7 @@ def train(setup: Setup, name: str, recipe: Recipe, seed: int, student, teacher, 
             try:
                 metrics = distill_step(setup, recipe, trainee, rows, lr, (seed, step))
             except NotFinite as error:
+                folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "not_finite.json", json.dumps({"step": step, "prompts": error.args[0]}) + "\n")
                 raise InputError(f"{name}, seed {seed}, step {step}: the loss is not finite; its batch is in {folder}/"
                                  f"not_finite.json, the last checkpoint is intact; try a lower --lr") from None
@@ -945,7 +930,7 @@ def evaluate(setup: Setup, policy: Policy, split: str, samples: int = 4) -> dict
     for part in (rows[start:start + size] for start in range(0, len(rows), size)):
         tokens, mask = setup.rollout(policy, part)
         logp = setup.score(policy, part, tokens, mask)
-        entropies += scores_of(logp, tokens[mask]).entropy.tolist()
+        entropies += scores_of(logp, tokens, mask).entropy.tolist()
         grades = []                                                       # of the N tokens; none for real models
         for row, ids in zip(part, (row_tokens[kept].tolist() for row_tokens, kept in zip(tokens, mask))):
             stopped.append(ids[-1] in setup.eos_ids)
@@ -975,7 +960,7 @@ def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -
     rows = setup.splits["validation"][:64]
     tokens, mask = setup.rollout(policies["student"], rows)
     flat = tokens[mask]
-    teacher, student = (scores_of(setup.score(policies[name], rows, tokens, mask), flat).logp
+    teacher, student = (scores_of(setup.score(policies[name], rows, tokens, mask), tokens, mask).logp
                         for name in ("privileged_teacher", "privileged_student"))
     regimes = route(teacher, student, torch.ones_like(flat, dtype=torch.bool))
     columns = (flat, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
@@ -1261,8 +1246,8 @@ def prepare(config: Config, seed: int, task=None) -> tuple:
         tokenizer = tiny_tokenizer()
         held_out = {row["prompt"] for split, rows in splits.items() if split != "train" for row in rows}
         teacher, student = (warm_start(task, role, config, tokenizer, seed, held_out) for role in ("teacher", "student"))
-    for model in (teacher, student):
-        model.to(config.device, getattr(torch, config.dtype)).eval()
+    teacher.to(config.device, getattr(torch, config.dtype)).eval()
+    student.to(config.device, torch.float64 if config.dtype == "float64" else torch.float32).eval()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     eos = student.generation_config.eos_token_id
@@ -1273,32 +1258,41 @@ def prepare(config: Config, seed: int, task=None) -> tuple:
     return setup, teacher.requires_grad_(False), student
 
 
-def run(config: Config, task=None) -> Log:
+def run(config: Config, task=None) -> "Log":
     """Every recipe from the same student, for every seed, then the report. All that happens is in the log."""
-    folder, log = Path(config.out), None
-    for seed in config.seeds:
-        setup, teacher, untrained = prepare(config, seed, task)
-        if log is None:                    # nothing is written before the input has proved good
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-            log = Log(folder / "metrics.jsonl")
-        for name, model in (("student before", untrained), ("teacher", teacher)):
-            if not log.tested(name, seed):
-                asked = Trainee(model, teacher, config).policies
-                log.write(recipe=name, seed=seed, **final_tests(setup, asked))
-        for name in config.recipe if not config.eval_only else ():
-            if log.tested(name, seed):
-                continue
-            place = folder / f"{name}-seed{seed}"
-            place.mkdir(exist_ok=True)
-            trainee = train(setup, name, RECIPES[name], seed, copy.deepcopy(untrained), teacher, place, log)
-            log.write(recipe=name, seed=seed, **final_tests(setup, trainee.policies))
-            if is_main():
-                (place / f"step-{config.steps}" / "training.pt").unlink()
-                (place / f"step-{config.steps}").rename(place / "student")
+    log = Log(Path(config.out) / "metrics.jsonl")
+    # bfloat16 is for the matrix products: at lr 5e-6 a weight kept in bfloat16 would round every step away. No cache:
+    # it would go on serving the weights of before the step.
+    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16",
+                        cache_enabled=False):
+        for seed in config.seeds:
+            run_seed(config, task, seed, log)
     if is_main():
-        report(log, folder)
+        report(log, Path(config.out))
     return log
+
+
+def run_seed(config: Config, task, seed: int, log: "Log") -> None:
+    folder = Path(config.out)
+    setup, teacher, untrained = prepare(config, seed, task)
+    if is_main() and not (folder / "config.json").exists():               # nothing is written before the input proves good
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    for name, model in (("student before", untrained), ("teacher", teacher)):
+        if not log.tested(name, seed):
+            log.write(recipe=name, seed=seed, **final_tests(setup, Trainee(model, teacher, config).policies))
+    for name in config.recipe if not config.eval_only else ():
+        if log.tested(name, seed):
+            continue
+        place = folder / f"{name}-seed{seed}"
+        trainee = train(setup, name, RECIPES[name], seed, copy.deepcopy(untrained), teacher, place, log)
+        tests = final_tests(setup, trainee.policies)
+        if is_main():
+            with new_folder(place / "student") as fresh:
+                save_model(trainee.student, setup.tokenizer, fresh)
+        log.write(recipe=name, seed=seed, **tests)
+        if is_main():
+            shutil.rmtree(place / f"step-{config.steps}")
 
 
 def final_tests(setup: Setup, policies: dict[str, Policy]) -> dict:
@@ -1346,6 +1340,18 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+def join_processes(config: Config) -> None:
+    """Where `accelerate launch` or `torchrun` started several of us: each takes a GPU and its share of every batch."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size * config.rollouts % processes:
+        raise InputError(f"--batch_size {config.batch_size} x --rollouts {config.rollouts}: must be a multiple of the "
+                         f"{processes} processes")
+    if processes > 1:
+        if config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+
+
 def main(argv: list[str]) -> int:
     started = time.perf_counter()
     datasets.disable_progress_bars()
@@ -1356,8 +1362,7 @@ def main(argv: list[str]) -> int:
             for name, task in TASKS.items():
                 write_task(task, Path(__file__).resolve().parent / "tiny_tasks" / name)
             return 0
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:       # `accelerate launch` or `torchrun` started several of us
-            dist.init_process_group()
+        join_processes(config)
         run(config)
     except InputError as error:
         print(f"dopd.py: {error}", file=sys.stderr)
