@@ -26,7 +26,7 @@ import shutil
 import statistics
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -545,24 +545,42 @@ def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
 @dataclass(frozen=True)
 class Recipe:
     """A method: a table of rows, and a router that deals the tokens out to them. A regime without a row goes untrained."""
-    rows: dict[Regime, Row]
-    router: Callable = by_advantage_gap                                   # {policy: Scores} -> regimes (N,)
+    rows: dict[IntEnum, Row]
+    router: Callable | None = by_advantage_gap                            # {policy: Scores} -> regimes (N,)
     router_reads: tuple = ("privileged_teacher", "privileged_student")    # the policies whose Scores it needs
-
-    @property
-    def routes(self) -> bool:
-        """Does it matter where a token goes? Where all rows are the same, the router is not asked."""
-        rows = set(self.rows.values())
-        return len(self.rows) < len(Regime) or len(rows) > 1 or any(callable(row.weight) for row in rows)
 
     @property
     def policies(self) -> list[str]:
         """All who are asked about every token."""
-        return sorted({row.source for row in self.rows.values()} | set(self.router_reads if self.routes else ()))
+        return sorted({row.source for row in self.rows.values()} | set(self.router_reads))
+
+
+class Everywhere(IntEnum):
+    ALL = 0
 
 
 def uniform(*row) -> Recipe:
-    return Recipe(dict.fromkeys(Regime, Row(*row)))
+    """One row for all tokens: nothing to route."""
+    return Recipe({Everywhere.ALL: Row(*row)}, router=None, router_reads=())
+
+
+class Prefix(IntEnum):
+    AGREES = 0         # what is written so far may well have been written with this hint
+    DISAGREES = 1
+
+
+def by_evidence(scores: dict[str, Scores]) -> torch.Tensor:
+    """Ours, not the paper's: does the completion up to a token still agree with the hint?
+
+    The teacher itself can tell: the log Bayes factor of the hint, the sum of log q_T(y | x, p, ...) - log q_T(y | x, ...)
+    over the tokens before. A student that cannot see the hint often contradicts it; from there on a teacher that
+    insists on it answers a question that is no longer asked.
+    """
+    hinted, plain = scores["privileged_teacher"], scores["teacher"]
+    gain = (hinted.logp - plain.logp).double()                            # (N,)
+    before = gain.cumsum(0) - gain                                        # of all tokens before, other completions too
+    start = torch.arange(len(gain), device=gain.device) - hinted.position
+    return torch.where(before - before[start] >= -2.0, Prefix.AGREES, Prefix.DISAGREES)        # odds of e^2 against it
 
 
 RECIPES = {
@@ -575,6 +593,10 @@ RECIPES = {
     "vanilla": uniform("teacher", "reverse_kl", "full", 1.0),
     "privileged_teacher": uniform("privileged_teacher", "reverse_kl", "full", 1.0),
     "privileged_student": uniform("privileged_student", "reverse_kl", "full", 1.0),     # self distillation
+    "evidence": Recipe({                   # ours
+        Prefix.AGREES: Row("privileged_teacher", "reverse_kl", "full", 1.0),
+        Prefix.DISAGREES: Row("teacher", "reverse_kl", "full", 1.0),
+    }, by_evidence, router_reads=("privileged_teacher", "teacher")),
 }
 
 
@@ -603,7 +625,7 @@ def scores_of(logp, tokens: torch.Tensor, mask: torch.Tensor) -> Scores:
 
 def deal(recipe: Recipe, scores: dict[str, Scores], betas: dict[str, float], tokens: torch.Tensor):
     """The regime and the weight (N,) of every token (N,): all that depends on the batch as a whole."""
-    regimes = recipe.router(scores) if recipe.routes else torch.zeros_like(tokens)
+    regimes = recipe.router(scores) if recipe.router else torch.zeros_like(tokens)
     weights = torch.zeros(tokens.shape, device=tokens.device)
     for regime, row in recipe.rows.items():
         weight = row.weight(scores) if callable(row.weight) else betas.get(row.weight, row.weight)
@@ -647,7 +669,7 @@ def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, 
                       mask: torch.Tensor, *, top_k: int, **betas: float) -> torch.Tensor:
     """Any recipe in one call: log-probs (B, T, V) of the student and of {policy: ...}, tokens and mask (B, T) -> scalar."""
     sources = {name: logp[mask].detach() for name, logp in sources.items()}                  # (N, V)
-    scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.policies}
+    scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.router_reads}
     regimes, weights = deal(recipe, scores, betas, tokens[mask])
     return recipe_loss(recipe, student[mask], sources, tokens[mask], regimes, weights * sequence_mean(mask), top_k)[0]
 
@@ -781,7 +803,7 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
     scores = {}
     with torch.no_grad():
         sources = {name: [setup.score(policies[name], *part) for part in parts] for name in recipe.policies}
-        for name in recipe.policies if recipe.routes else ():
+        for name in recipe.router_reads:
             of_parts = [scores_of(logp, *part[1:]) for logp, part in zip(sources[name], parts)]
             scores[name] = Scores(*(everyone(torch.cat(values))[0] for values in zip(*of_parts)))
         betas = {"beta_light": config.beta_light, "beta_weak": config.beta_weak}
@@ -810,9 +832,8 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise NotFinite([row["prompt"] for row in rows])
     trainee.step(lr)
-    if recipe.routes:
-        metrics["regime_share"] = {regime.name: (all_regimes == regime).float().mean().item() for regime in Regime}
-        metrics["regime_loss"] = {regime.name: weighted[all_regimes == regime].sum().item() for regime in Regime}
+    metrics["regime_share"] = {row.name: (all_regimes == row).float().mean().item() for row in recipe.rows}
+    metrics["regime_loss"] = {row.name: weighted[all_regimes == row].sum().item() for row in recipe.rows}
     if {"privileged_teacher", "privileged_student"} <= scores.keys():
         gap = advantage_gap(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
         metrics["gap"] = gap.mean().item()
@@ -1034,8 +1055,9 @@ def mean_and_spread(values: list[float | None]) -> str:
 def draw_curves(rows: list[dict], file: Path) -> None:
     """Accuracy, entropy and regime shares over steps: the mean over the seeds, and a band from lowest to highest."""
     steps = pandas.json_normalize([row for row in rows if "step" in row])       # "validation.exact" becomes a column
-    shares = [f"regime_share.{regime.name}" for regime in Regime]
-    routed = list(steps.dropna(subset=shares).recipe.unique()) if set(shares) <= set(steps) else []
+    shares = steps.filter(like="regime_share.").groupby(steps.recipe, sort=False)
+    routed = {name: of_recipe.dropna(axis=1, how="all") for name, of_recipe in shares}
+    routed = {name: of_recipe for name, of_recipe in routed.items() if of_recipe.shape[1] > 1}
     count = 2 + len(routed)
     figure, axes = pyplot.subplots(1, count, figsize=(5 * count, 4), layout="constrained")
     panels = {"validation.exact": "exact match without the hint, validation",
@@ -1047,9 +1069,11 @@ def draw_curves(rows: list[dict], file: Path) -> None:
             axis.fill_between(seeds.min().index, seeds.min(), seeds.max(), alpha=0.2)
         axis.set(title=title, xlabel="step")
     axes[0].legend()
-    for axis, name in zip(axes[2:], routed):
-        of_step = steps[steps.recipe == name].groupby("step")[shares].mean().dropna()
-        axis.stackplot(of_step.index, of_step.T, labels=REGIMES, colors=[colour for colour, _, _ in REGIMES.values()])
+    for axis, (name, of_recipe) in zip(axes[2:], routed.items()):
+        of_step = of_recipe.groupby(steps.step).mean().dropna()
+        regimes = [column.removeprefix("regime_share.") for column in of_step]
+        colours = [REGIMES[regime][0] for regime in regimes] if set(regimes) <= set(REGIMES) else None
+        axis.stackplot(of_step.index, of_step.T, labels=regimes, colors=colours)
         axis.set(title=f"{name}: share of the tokens per regime", xlabel="step", ylim=(0, 1))
         axis.legend(loc="lower right")
     figure.savefig(file, dpi=120)
@@ -1308,21 +1332,26 @@ class Parser(HfArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-class Help(ArgumentDefaultsHelpFormatter):
-    """A flag in one spelling, with its choices; the default where there is one."""
+class Help(RawDescriptionHelpFormatter):
+    """A flag in one spelling, its default behind it; the choices and recipes below."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=116)
 
     def _format_action_invocation(self, action):
-        values = "{" + ",".join(action.choices) + "}" if action.choices else "X" if action.nargs is None else "X ..."
-        return f"{action.option_strings[-1] if action.dest == 'help' else action.option_strings[0]} " + (
-            values if action.nargs not in (0, "?") else "")
+        if action.dest == "help":
+            return "--help"
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return " ".join([action.option_strings[0], *(str(value) for value in values if value is not False)])
 
     def _get_help_string(self, action):
-        return action.help if action.default in ("", False) else super()._get_help_string(action)
+        return action.help + (f" [{', '.join(action.choices)}]" if action.choices else "")
 
 
 def parse(argv: list[str]) -> Config:
     parser = Parser(Config, prog="dopd.py", usage="python dopd.py [--flag value ...]", allow_abbrev=False,
-                    description="\n\n".join(__doc__.split("\n\n")[:3]), formatter_class=Help)
+                    description="\n\n".join(__doc__.split("\n\n")[:3]), formatter_class=Help,
+                    epilog=f"recipes: {', '.join(RECIPES)}")
     config = Config(**vars(parser.parse_args(argv)))
     if config.resume:
         file = Path(config.resume) / "config.json"
