@@ -903,8 +903,9 @@ def supervised(model, tokenizer, draw: Callable, steps: int, lr: float, label: s
 def warm_start(task, role: str, config: Config, tokenizer, seed: int, held_out: set[str]):
     """The tiny teacher or student, taught by its author; cached under a hash of all that shaped it."""
     author = getattr(task, role)
-    code = [inspect.getsource(part) for part in (type(task), tiny_model, warm_start, supervised, score)]
-    shaped_by = repr((task, role, config.hint, config.hint_template, seed, sorted(held_out), code))
+    code = [inspect.getsource(part) for part in (type(task), tiny_model, warm_start, supervised)]
+    alone = replace(task, teacher=author, student=author)                # the other author has no part in it
+    shaped_by = repr((alone, role, config.hint, config.hint_template, seed, sorted(held_out), code))
     folder = Path("runs/warm_start") / f"{role}-{hashlib.sha256(shaped_by.encode()).hexdigest()[:16]}"
     if folder.exists():
         try:
@@ -929,8 +930,9 @@ def warm_start(task, role: str, config: Config, tokenizer, seed: int, held_out: 
         return prompts, completions
 
     supervised(model, tokenizer, draw, author.steps, 2e-3, f"warm start of the {role}, seed {seed}")
-    with new_folder(folder) as fresh:
-        model.save_pretrained(fresh)
+    if is_main():
+        with new_folder(folder) as fresh:
+            save_model(model, tokenizer, fresh)
     return model
 
 
@@ -1144,10 +1146,14 @@ def new_folder(path: Path):
     """Fills a folder under another name first: it is there whole, or not at all."""
     fresh = path.with_name(path.name + ".writing")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    shutil.rmtree(path, ignore_errors=True)
-    fresh.rename(path)
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        shutil.rmtree(path, ignore_errors=True)
+        fresh.rename(path)
+    except Exception as error:             # PyTorch and safetensors report a full disk each in their own way
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise InputError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
 def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out: int = 512) -> None:
