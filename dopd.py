@@ -384,9 +384,6 @@ class TokenLogProbs:
         logits = self.head(self.hidden[index])[..., :self.shape[1]]       # an embedding table may be padded
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def part(self, where: slice) -> "TokenLogProbs":
-        return TokenLogProbs(self.hidden[where], self.head, self.shape[1])
-
 
 def score(model, prompts: list[list[int]], tokens: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> TokenLogProbs:
     """Log-probs of the completion tokens (B, T) where mask (B, T), each after its prompt: N = mask.sum() rows."""
@@ -784,34 +781,43 @@ def everyone(values: torch.Tensor) -> tuple[torch.Tensor, slice]:
     return torch.cat(of_all).to(values.device), slice(start, start + len(values))
 
 
+def sample(setup: Setup, student: Policy, rows: list[dict], place: tuple) -> list[tuple]:
+    """This process's share of the completions for these rows, as micro-batches: rows, tokens (B, T), mask (B, T)."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = min(setup.config.micro_batch or len(rows), math.ceil(len(rows) / processes))
+    starts, parts = range(0, len(rows), size), []
+    for start in starts[len(starts) * rank // processes:len(starts) * (rank + 1) // processes]:
+        set_seed("rollout", *place, start)
+        part = rows[start:start + size]
+        parts.append((part, *setup.rollout(student, part)))
+    return parts
+
+
 def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict], lr: float, place: tuple) -> dict:
     """One optimizer step on these rows (method.md, "One training step"). Returns its metrics."""
     config, policies = setup.config, trainee.policies
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = [row for row in rows for _ in range(config.rollouts)]                             # B, of all processes
-    size = min(config.micro_batch or len(rows), math.ceil(len(rows) / processes))
-    numbers = range(0, len(rows), size)
-    parts = []                                                            # micro-batches (rows, tokens, mask)
-    for start in numbers[len(numbers) * rank // processes:len(numbers) * (rank + 1) // processes]:
-        set_seed("rollout", *place, start)
-        part = rows[start:start + size]
-        parts.append((part, *setup.rollout(policies["student"], part)))
 
-    # First pass, without gradient: the thresholds of the router are averages over the whole batch.
-    tokens = torch.cat([tokens[mask] for _, tokens, mask in parts])                          # (N,)
-    shares = torch.cat([sequence_mean(mask) * len(mask) / len(rows) for _, _, mask in parts])
+    # 1. The student samples its own completions.
+    rows = [row for row in rows for _ in range(config.rollouts)]          # of all processes
+    parts = sample(setup, policies["student"], rows, place)
+    tokens = torch.cat([tokens[mask] for _, tokens, mask in parts])       # (N,) of this process
+    all_tokens, own = everyone(tokens)
+
+    # 2. Others score the same tokens, without gradient: all micro-batches, before any of them is trained on.
     scores = {}
     with torch.no_grad():
         sources = {name: [setup.score(policies[name], *part) for part in parts] for name in recipe.policies}
         for name in recipe.router_reads:
             of_parts = [scores_of(logp, *part[1:]) for logp, part in zip(sources[name], parts)]
             scores[name] = Scores(*(everyone(torch.cat(values))[0] for values in zip(*of_parts)))
-        betas = {"beta_light": config.beta_light, "beta_weak": config.beta_weak}
-        all_tokens, own = everyone(tokens)
-        all_regimes, all_weights = deal(recipe, scores, betas, all_tokens)
-        regimes, weights = all_regimes[own], all_weights[own] * shares
 
-    # Second pass, with gradient, one micro-batch after the other.
+    # 3. Averages over the whole batch decide where each token goes.
+    betas = {"beta_light": config.beta_light, "beta_weak": config.beta_weak}
+    all_regimes, all_weights = deal(recipe, scores, betas, all_tokens)
+    shares = torch.cat([sequence_mean(mask) * len(mask) / len(rows) for _, _, mask in parts])
+    regimes, weights = all_regimes[own], all_weights[own] * shares
+
+    # 4. The student learns, one micro-batch after the other.
     losses, entropies, start = torch.zeros_like(weights), torch.zeros_like(weights), 0
     for number, part in enumerate(parts):
         here = slice(start, start + int(part[2].sum()))
@@ -825,18 +831,18 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
         entropies[here] = scores_of(student_logp, *part[1:]).entropy
         start = here.stop
 
-    weighted = everyone(losses * weights)[0]
+    losses = everyone(losses * weights)[0]
     stopped = torch.isin(all_tokens, torch.tensor(setup.eos_ids, device=tokens.device)).sum().item()
-    metrics = {"loss": weighted.sum().item(), "entropy": everyone(entropies)[0].mean().item(),
-               "grad_norm": trainee.clip(), "lr": lr, "tokens": len(all_tokens), "truncated": 1 - stopped / len(rows)}
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise NotFinite([row["prompt"] for row in rows])
-    trainee.step(lr)
-    metrics["regime_share"] = {row.name: (all_regimes == row).float().mean().item() for row in recipe.rows}
-    metrics["regime_loss"] = {row.name: weighted[all_regimes == row].sum().item() for row in recipe.rows}
+    metrics = {"loss": losses.sum().item(), "entropy": everyone(entropies)[0].mean().item(),
+               "grad_norm": trainee.clip(), "lr": lr, "tokens": len(all_tokens), "truncated": 1 - stopped / len(rows),
+               "regime_share": {regime.name: (all_regimes == regime).float().mean().item() for regime in recipe.rows},
+               "regime_loss": {regime.name: losses[all_regimes == regime].sum().item() for regime in recipe.rows}}
     if {"privileged_teacher", "privileged_student"} <= scores.keys():
         gap = advantage_gap(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
         metrics["gap"] = gap.mean().item()
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise NotFinite([row["prompt"] for row in rows])
+    trainee.step(lr)
     return metrics
 
 
@@ -1040,7 +1046,8 @@ def table(rows: list[dict]) -> str:
                 "exact match": row["test"]["exact"], "with hint": row["test_hinted"]["exact"],
                 "ood": (row["ood"] or {}).get("exact"), **kinds, "entropy": row["test"]["entropy"],
                 "nll": row["test"]["nll"], "best nll": row["test"]["nll_best"]})
-    columns = list(dict.fromkeys(name for of_seeds in tests.values() for values in of_seeds for name in values))
+    columns = list(dict.fromkeys(name for of_seeds in tests.values() for values in of_seeds
+                                 for name, value in values.items() if value is not None))
     lines = [["policy", *columns], ["---"] * (1 + len(columns))]
     for policy, of_seeds in tests.items():
         lines.append([policy, *(mean_and_spread([values.get(name) for values in of_seeds]) for name in columns)])
@@ -1257,10 +1264,23 @@ def load_pair(config: Config):
             pair.append(AutoModelForCausalLM.from_pretrained(name))
         except Exception as error:
             raise InputError(f"--{role} {name}: cannot be loaded ({first_line(error)})") from None
+        check_model(pair[-1], f"--{role} {name}")
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise InputError(f"--teacher {config.teacher} --student {config.student}: different vocabularies "
                          f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens); take two that share a tokenizer")
     return tokenizers[1], *pair
+
+
+@torch.no_grad()
+def check_model(model, where: str) -> None:
+    """Refuses weights that are no numbers, and models whose logits are not their head applied to the last hidden state."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"{where}: the weight {name} is not finite; take another checkpoint")
+    ids = torch.arange(8)[None]
+    logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+    if not torch.allclose(model(ids).logits.float(), logits.float(), atol=1e-3):
+        raise InputError(f"{where}: scales or caps its logits, which this file does not do; take another model")
 
 
 def prepare(config: Config, seed: int, task=None) -> tuple:
@@ -1403,7 +1423,11 @@ def main(argv: list[str]) -> int:
         print(f"dopd.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dopd.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"dopd.py: {error.filename or config.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"dopd.py: --device {config.device}: out of memory; lower --micro_batch, which changes nothing else, and "
+              f"--resume {config.out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted: python dopd.py --resume {config.out}", file=sys.stderr)
