@@ -1,0 +1,707 @@
+"""Does dopd.py do what the method says? Every formula against one that is written here anew, from the definition.
+
+    OMP_NUM_THREADS=1 python -m pytest test_method.py
+
+Where a comment says "catches", it names the mistake which the test is there for.
+"""
+
+import inspect
+import json
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Qwen3Config
+
+import dopd
+
+DIVERGENCES = {"forward_kl": dopd.forward_kl, "reverse_kl": dopd.reverse_kl, "js": dopd.js_divergence}
+TRL_ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}
+each_objective = pytest.mark.parametrize("objective", DIVERGENCES)
+
+
+# --------------------------------------------------------------- the method once more, slowly, one token at a time
+
+def dopd_table(light=0.6, weak=0.3):
+    """Regime -> source, objective, support, weight: as the paper has it."""
+    return {"LH": ("privileged_teacher", "reverse_kl", "top_k", light),
+            "LL": ("privileged_student", "reverse_kl", "top_k", weak),
+            "HT": ("privileged_teacher", "js", "full", 1.0),
+            "HS": ("privileged_student", "reverse_kl", "top_k", light)}
+
+
+def uniform_table(*row):
+    return dict.fromkeys(["LH", "LL", "HT", "HS"], row)
+
+
+def naive_kl(first, second):
+    return sum(p * torch.log(p / q) for p, q in zip(first, second))
+
+
+def naive_divergence(objective, student, source):
+    """Of two lists of probabilities."""
+    if objective == "forward_kl":
+        return naive_kl(source, student)
+    if objective == "reverse_kl":
+        return naive_kl(student, source)
+    middle = [(p + q) / 2 for p, q in zip(student, source)]
+    return (naive_kl(source, middle) + naive_kl(student, middle)) / 2
+
+
+def naive_top_k(student, source, k):
+    """Both on the student's k likeliest words, and one bucket for all others if there are any."""
+    ranked = sorted(range(len(student)), key=lambda word: -student[word])
+    supports = []
+    for probabilities in (student, source):
+        support = [probabilities[word] for word in ranked[:k]]
+        if k < len(ranked):
+            support.append(sum(probabilities[word] for word in ranked[k:]))
+        supports.append(support)
+    return supports
+
+
+def naive_route(q_teacher, q_student):
+    """The regime of every token, from its probabilities under the two privileged policies, as lists."""
+    gaps = [abs(math.log(t) - math.log(s)) for t, s in zip(q_teacher, q_student)]
+    ranked, place = sorted(gaps), 0.95 * (len(gaps) - 1)
+    below, above = ranked[math.floor(place)], ranked[math.ceil(place)]
+    kept = [i for i, gap in enumerate(gaps) if gap <= below + (place % 1) * (above - below)]
+    gap_bar = sum(gaps[i] for i in kept) / len(kept)
+    sum_bar = sum(q_teacher[i] for i in kept) / len(kept) + sum(q_student[i] for i in kept) / len(kept)
+    regimes = []
+    for t, s, gap in zip(q_teacher, q_student, gaps):
+        if gap < gap_bar:
+            regimes.append("LH" if t + s >= sum_bar else "LL")
+        else:
+            regimes.append("HT" if t >= s else "HS")
+    return regimes
+
+
+def naive_loss(table, policies, tokens, mask, k):
+    """The loss, and the regimes of the tokens; {policy: log-probs (B, T, V)}, tokens and mask (B, T)."""
+    places = [(b, t) for b in range(len(mask)) for t in range(mask.shape[1]) if mask[b, t]]
+    q_teacher, q_student = ([policies[name][b, t, tokens[b, t]].exp().item() for b, t in places]
+                            for name in ("privileged_teacher", "privileged_student"))
+    regimes, total = naive_route(q_teacher, q_student), 0
+    for (b, t), regime in zip(places, regimes):
+        source, objective, support, weight = table[regime]
+        ours, theirs = list(policies["student"][b, t].exp()), list(policies[source][b, t].exp().detach())
+        if support == "top_k":
+            ours, theirs = naive_top_k(ours, theirs, k)
+        total = total + weight * naive_divergence(objective, ours, theirs) / mask[b].sum() / len(mask)
+    return total, regimes
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+@pytest.fixture(autouse=True)
+def same_luck_every_time():
+    torch.manual_seed(0)
+
+
+def log_probs(*shape):
+    """Mild ones, in float64: a wrong formula then differs by more than any rounding."""
+    return torch.randn(*shape, dtype=torch.float64).log_softmax(-1)
+
+
+def logs(*probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def value_and_gradient(loss, student):
+    """Of loss(log-probs); the gradient with respect to the logits behind them."""
+    logits = student.detach().clone().requires_grad_()
+    value = loss(logits.log_softmax(-1))
+    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+def assert_same(loss, reference, student, rtol=1e-7):
+    """Equal in value and in gradient, and the gradient is one."""
+    ours, expected = value_and_gradient(loss, student), value_and_gradient(reference, student)
+    assert ours[1].abs().max() > 1e-3
+    torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-9, check_dtype=False)
+
+
+def a_batch(count=4, longest=6, words=7):
+    """Random log-probs of all policies, tokens, and a mask of different lengths."""
+    policies = {name: log_probs(count, longest, words)
+                for name in ("student", "teacher", "privileged_teacher", "privileged_student")}
+    lengths = torch.tensor([longest, 1, 4, 5])[:count, None]
+    return policies, torch.randint(words, (count, longest)), torch.arange(longest) < lengths
+
+
+def dopd_loss_of(policies, tokens, mask, **betas):
+    sources = policies["privileged_teacher"], policies["privileged_student"]
+    return lambda student: dopd.dopd_loss(student, *sources, tokens, mask, top_k=3, **betas)
+
+
+def names(regimes):
+    return [dopd.Regime(regime).name for regime in regimes.tolist()]
+
+
+def tiny_model(family="qwen3", words=12, seed=0):
+    """With large random weights, so that every token of the context changes the next one's probabilities."""
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        config = GPT2Config(vocab_size=words, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4)
+    else:
+        config = Qwen3Config(vocab_size=words, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+                             num_attention_heads=2, num_key_value_heads=2, initializer_range=0.4)
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+@torch.no_grad()
+def model_of(table):
+    """A model whose next token depends on the last one only: row i of `table` has its probabilities after token i."""
+    words = len(table)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(
+        vocab_size=words, hidden_size=words, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=2, tie_word_embeddings=False)).eval()
+    layer = model.model.layers[0]
+    layer.self_attn.o_proj.weight.zero_()
+    layer.mlp.down_proj.weight.zero_()
+    model.model.embed_tokens.weight.copy_(torch.eye(words))             # which the norm scales to length sqrt(words)
+    model.lm_head.weight.copy_(table.log().clamp(min=-40).T / words**0.5)
+    return model
+
+
+def direct(model, prompt, completion, vocabulary=None):
+    """Log-probs (T, V) of one completion: one plain forward pass, nothing padded, nothing left out."""
+    logits = model(torch.tensor([prompt + completion])).logits
+    return logits[0, len(prompt) - 1:-1, :vocabulary].log_softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------ divergences and supports
+
+def test_divergences_worked_by_hand():
+    student, source = logs(1 / 2, 1 / 2), logs(1 / 4, 3 / 4)
+    # source log source/student = 1/4 log 1/2 + 3/4 log 3/2
+    assert dopd.forward_kl(student, source).item() == pytest.approx(0.130812, abs=1e-6)
+    # student log student/source = 1/2 log 2 + 1/2 log 2/3
+    assert dopd.reverse_kl(student, source).item() == pytest.approx(0.143841, abs=1e-6)
+    # m = (3/8, 5/8): half of 1/4 log 2/3 + 3/4 log 6/5 = 0.035375, and half of 1/2 log 4/3 + 1/2 log 4/5 = 0.032269
+    assert dopd.js_divergence(student, source).item() == pytest.approx(0.033822, abs=1e-6)
+
+
+def test_js_is_at_most_ln_2():
+    never = 1e-300                                                        # nothing in common, and almost nothing
+    assert dopd.js_divergence(logs(1.0, never), logs(never, 1.0)).item() == pytest.approx(math.log(2))
+    student, source = (30 * log_probs(2, 99, 5)).log_softmax(-1)
+    assert dopd.js_divergence(student, source).max() < math.log(2) + 1e-9 < dopd.reverse_kl(student, source).max()
+
+
+@each_objective
+def test_divergence_from_oneself_teaches_nothing(objective):
+    """Which is why the student's own detached log-probs are no source."""
+    value, gradient = value_and_gradient(lambda logp: DIVERGENCES[objective](logp, logp.detach()), log_probs(5, 7))
+    assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
+
+
+@each_objective
+@pytest.mark.parametrize("support, k", [("full", 1), ("top_k", 1), ("top_k", 3), ("top_k", 6), ("top_k", 7),
+                                        ("top_k", 99)])
+def test_every_objective_on_every_support_token_by_token(objective, support, k):
+    policies, tokens, mask = a_batch()
+    recipe, table = (make("teacher", objective, support, 0.7) for make in (dopd.uniform, uniform_table))
+    assert_same(lambda student: dopd.distillation_loss(recipe, student, policies, tokens, mask, top_k=k),
+                lambda student: naive_loss(table, policies | {"student": student}, tokens, mask, k)[0],
+                policies["student"], rtol=1e-6)
+
+
+def test_top_k_is_the_students_and_the_tail_takes_the_rest():
+    ours, theirs = dopd.top_k_with_tail(logs(0.6, 0.3, 0.1), logs(0.1, 0.2, 0.7), 1)
+    torch.testing.assert_close(ours.exp().tolist(), [0.6, 0.4])
+    torch.testing.assert_close(theirs.exp().tolist(), [0.1, 0.9])         # the source's own top 1 would give 0.7
+
+
+def test_top_1_is_not_renormalised_to_nothing():
+    """Catches top-K renormalised to 1 on both sides: with K = 1 always zero, whatever the policies."""
+    student, source = logs(0.5, 0.3, 0.2), logs(0.2, 0.3, 0.5)
+    value, gradient = value_and_gradient(lambda logp: dopd.reverse_kl(*dopd.top_k_with_tail(logp, source, 1)), student)
+    # (1/2, 1/2) against (1/5, 4/5): 1/2 log 5/2 + 1/2 log 5/8 = log 5/4
+    assert value.item() == pytest.approx(math.log(5 / 4)) and gradient.abs().max() > 0.1
+
+
+@each_objective
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+def test_divergence_and_support_are_those_of_trl(objective):
+    pytest.importorskip("trl")
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+    from trl.experimental.sdft.loss_utils import compute_divergence, compute_topk_self_distillation_loss
+
+    (student, teacher), divergence, alpha = log_probs(2, 1, 6, 9), DIVERGENCES[objective], TRL_ALPHA[objective]
+    assert_same(lambda logp: divergence(logp, teacher), lambda logp: compute_divergence(logp, teacher, alpha), student)
+    for k in (1, 4):
+        flags = {"distillation_topk": k, "distillation_alpha": alpha, "distillation_add_tail": True}
+        assert_same(lambda logp: divergence(*dopd.top_k_with_tail(logp, teacher, k)),
+                    lambda logp: compute_topk_self_distillation_loss(logp, teacher, **flags), student)
+    # GKD takes the mean over all tokens of the batch, which is ours where the batch is one completion.
+    tokens, mask = torch.tensor([[0, 1, 2, 3, -100, -100]]), torch.tensor([[True] * 4 + [False] * 2])
+    recipe = dopd.uniform("teacher", objective, "full", 1.0)
+    assert_same(lambda logp: dopd.distillation_loss(recipe, logp, {"teacher": teacher}, tokens, mask, top_k=1),
+                lambda logp: GKDTrainer.generalized_jsd_loss(logp, teacher, tokens, alpha), student, rtol=1e-6)
+
+
+@each_objective
+def test_sampled_token_has_the_gradient_of_the_divergence_on_average(objective):
+    """Over the student's own samples. One sample's value is no divergence, so only gradients are compared."""
+    student, source = log_probs(2, 7)
+
+    def expected_surrogate(logp):
+        row = dopd.Row("teacher", objective, "sampled", 1.0)
+        losses = dopd.token_losses(row, logp.expand(7, 7), source.expand(7, 7), torch.arange(7), 3)
+        return (logp.exp().detach() * losses).sum()
+
+    ours, exact = (value_and_gradient(loss, student)[1] for loss in (
+        expected_surrogate, lambda logp: DIVERGENCES[objective](logp, source)))
+    torch.testing.assert_close(ours, exact)
+
+
+# ------------------------------------------------------------------------------------------------------------ router
+
+def route(q_teacher, q_student):
+    q_teacher, q_student = torch.tensor(q_teacher), torch.tensor(q_student)
+    return names(dopd.route(q_teacher.log(), q_student.log(), torch.ones_like(q_teacher, dtype=torch.bool)))
+
+
+def test_one_token_of_every_regime():
+    gap = dopd.advantage_gap(logs(0.9, 0.1, 0.8, 0.1), logs(0.8, 0.1, 0.1, 0.8))
+    torch.testing.assert_close(gap.exp().tolist(), [9 / 8, 1.0, 8.0, 8.0])
+    # gaps: log 9/8 = 0.12, 0, log 8 = 2.08, 2.08; mean 1.07.   sums: 1.7, 0.2, 0.9, 0.9; mean 0.925
+    assert route([0.9, 0.1, 0.8, 0.1], [0.8, 0.1, 0.1, 0.8]) == ["LH", "LL", "HT", "HS"]
+
+
+def test_ties():
+    assert route([0.5, 0.25], [0.25, 0.5]) == ["HT", "HS"]                # every gap is the mean gap: high
+    assert route([0.5, 0.25], [0.5, 0.25]) == ["HT", "HT"]                # no gap at all, and q_T == q_S: HT
+    gap, q_teacher, q_student = torch.tensor([[0.0, 1, 1], [0.25, 0.375, 0.375], [0.25, 0.125, 0.125]])
+    assert names(dopd.regimes_of(gap, q_teacher, q_student, gap < 9)) == ["LH", "HT", "HT"]    # the mean sum: LH
+
+
+def test_outliers_are_left_out_of_the_averages_but_not_of_the_training():
+    # 20 tokens have gaps 0.1 and 1 and sums 0.50, 0.56 and 0.53: means 0.55 and 0.53. With the 21st, gap 100 and sum
+    # 1.9, they were 5.3 and 0.595: no gap of 1 would be high, and no sum of 0.56 sure.
+    gap = torch.tensor([0.1] * 10 + [1.0] * 10 + [100.0])
+    q_teacher = torch.tensor([0.25] * 5 + [0.28] * 5 + [0.30] * 10 + [0.9])
+    q_student = torch.tensor([0.25] * 5 + [0.28] * 5 + [0.23] * 10 + [1.0])
+    regimes = names(dopd.regimes_of(gap, q_teacher, q_student, gap > 0))
+    assert regimes == ["LL"] * 5 + ["LH"] * 5 + ["HT"] * 10 + ["HS"]
+
+
+def test_evidence_adds_up_over_the_completion_so_far():
+    # Two completions, of 3 and 2 tokens, which the hint makes likelier by -1, -1.5, 9 and by -3, 5 nats. In the tokens
+    # before each: 0, -1, -2.5 and 0, -3. Below -2 the completion has left the hint.
+    plain, position = torch.tensor([-4.0, -5, -6, -7, -8]), torch.tensor([0, 1, 2, 0, 1])
+    hinted = plain + torch.tensor([-1, -1.5, 9, -3, 5])
+    prefixes = dopd.by_evidence({"teacher": dopd.Scores(plain, plain, position),
+                                 "privileged_teacher": dopd.Scores(hinted, plain, position)})
+    agrees, disagrees = dopd.Prefix.AGREES, dopd.Prefix.DISAGREES
+    assert prefixes.tolist() == [agrees, agrees, disagrees, agrees, disagrees]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_route_token_by_token(seed):
+    torch.manual_seed(seed)
+    teacher, student = torch.log(torch.rand(2, 6, 9) * 0.98 + 0.01)
+    mask = torch.rand(6, 9) < 0.7
+    regimes = dopd.route(teacher, student, mask)
+    assert names(regimes[mask]) == naive_route(teacher[mask].exp().tolist(), student[mask].exp().tolist())
+    assert set(names(regimes[mask])) == {"LH", "LL", "HT", "HS"} and (regimes[~mask] == -1).all()
+    for wild in (0.0, -1e4):                                              # padding has no say
+        assert torch.equal(dopd.route(teacher.masked_fill(~mask, wild), student, mask), regimes)
+        assert torch.equal(dopd.route(teacher, student.masked_fill(~mask, wild), mask), regimes)
+    for scale, shift in ((1, 5.0), (0.01, 0.0), (7, -3.0)):               # "normalised within the batch": no change
+        gap = (teacher - student).abs() * scale + shift
+        assert torch.equal(dopd.regimes_of(gap, teacher.exp(), student.exp(), mask), regimes)
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+
+@pytest.mark.parametrize("betas", [(), (2.0, 0.1)])
+def test_dopd_loss_token_by_token(betas):
+    policies, tokens, mask = a_batch()
+    table, flags = dopd_table(*betas), dict(zip(("beta_light", "beta_weak"), betas))
+    assert set(naive_loss(table, policies, tokens, mask, 3)[1]) == {"LH", "LL", "HT", "HS"}
+    assert_same(dopd_loss_of(policies, tokens, mask, **flags),
+                lambda student: naive_loss(table, policies | {"student": student}, tokens, mask, 3)[0],
+                policies["student"], rtol=1e-6)
+
+
+def test_mean_is_per_completion_first():
+    """Catches a mean over all tokens of the batch, in which long completions count for more."""
+    student, teacher = logs(0.5, 0.5).repeat(2, 3, 1), logs(0.5, 0.5).repeat(2, 3, 1)
+    teacher[0, 0] = logs(0.25, 0.75)                                      # 1/2 log 4/3 from the student, all others 0
+    mask, tokens = torch.tensor([[True, False, False], [True, True, True]]), torch.zeros(2, 3, dtype=torch.long)
+    loss = dopd.distillation_loss(dopd.RECIPES["vanilla"], student, {"teacher": teacher}, tokens, mask, top_k=1)
+    assert loss.item() == pytest.approx(math.log(4 / 3) / 2 / 2)          # of two completions; of four tokens: / 4
+
+
+def test_padding_gets_no_gradient_and_changes_nothing():
+    (policies, tokens, mask), (others, other_tokens, _) = a_batch(), a_batch()
+    value, gradient = value_and_gradient(dopd_loss_of(policies, tokens, mask), policies["student"])
+    assert (gradient[~mask] == 0).all() and (gradient[mask].abs().sum(-1) > 0).all()
+    for name, logp in others.items():
+        logp[mask] = policies[name][mask]
+    other_tokens[mask] = tokens[mask]
+    changed = value_and_gradient(dopd_loss_of(others, other_tokens, mask), others["student"])
+    assert not torch.equal(others["student"], policies["student"])
+    torch.testing.assert_close(changed, (value, gradient), rtol=0, atol=0)
+
+
+def test_only_the_student_gets_a_gradient():
+    policies, tokens, mask = a_batch()
+    for logp in policies.values():
+        logp.requires_grad_()
+    dopd_loss_of(policies, tokens, mask)(policies["student"]).backward()
+    assert policies["student"].grad.abs().max() > 0.01
+    assert policies["privileged_teacher"].grad is None and policies["privileged_student"].grad is None
+
+
+def test_gradcheck():
+    policies, tokens, mask = a_batch(count=2, longest=4, words=5)
+    loss, logits = dopd_loss_of(policies, tokens, mask), policies["student"].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: loss(logits.log_softmax(-1)), logits)
+
+
+@pytest.mark.parametrize("name", dopd.RECIPES)
+def test_every_recipe_goes_through_the_same_engine(name):
+    (policies, *batch), flags = a_batch(), {"top_k": 3, "beta_light": 0.6, "beta_weak": 0.3}
+    value, gradient = value_and_gradient(
+        lambda student: dopd.distillation_loss(dopd.RECIPES[name], student, policies, *batch, **flags),
+        policies["student"])
+    assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 1e-3
+
+
+def test_the_engine_knows_no_recipe_by_name():
+    policies = {"teacher", "privileged_teacher", "privileged_student"}    # two of which are recipes as well
+    for part in (dopd.token_losses, dopd.deal, dopd.recipe_loss, dopd.distillation_loss, dopd.distill_step):
+        assert not set(re.findall(r"\w+", inspect.getsource(part))) & (set(dopd.RECIPES) - policies)
+
+
+# -------------------------------------------------------------------------------------------------- one training step
+
+def tiny_training(monkeypatch, recipe, hint=True):
+    """One `distill_step`: its metrics, its gradient, and the log-probs, tokens and mask it should have come from."""
+    tokenizer, config = dopd.tiny_tokenizer(), dopd.Config(rollouts=2, top_k=3, max_new_tokens=4)
+    student, teacher = (tiny_model(words=len(tokenizer), seed=seed) for seed in (1, 2))
+    rows = [{"prompt_ids": ids, "hinted_ids": [7, 9, 25, *ids] if hint else ids} for ids in ([5, 14], [6, 14, 16, 15])]
+    setup = dopd.Setup(config, dopd.TASKS["rules"], tokenizer, {}, len(tokenizer), [1])
+    trainee = dopd.Trainee(student, teacher, config)
+    rollout, sampled, gradient = dopd.rollout, [], []
+
+    def rollout_and_tell(model, prompts, *rest):
+        sampled.append((model, prompts, *rollout(model, prompts, *rest)))
+        return sampled[-1][2:]
+
+    def keep_gradient(lr):
+        gradient.extend(weight.grad.clone() for weight in student.parameters())
+
+    monkeypatch.setattr(dopd, "rollout", rollout_and_tell)
+    monkeypatch.setattr(trainee, "step", keep_gradient)
+    metrics = dopd.distill_step(setup, dopd.RECIPES[recipe], trainee, rows, 0.1, (0, 1))
+    gradient = [part * max(metrics["grad_norm"], 1) for part in gradient]                    # as it was before clipping
+    (model, prompts, tokens, mask), = sampled
+    rows = [row for row in rows for _ in range(2)]
+    assert model is student and prompts == [row["prompt_ids"] for row in rows]               # samples see no hint
+
+    def logp(model, prompt):
+        return pad_sequence([direct(model, row[prompt], ids[kept].tolist())
+                             for row, ids, kept in zip(rows, tokens, mask)], batch_first=True)
+
+    policies = {"student": logp(student, "prompt_ids"), "privileged_student": logp(student, "hinted_ids"),
+                "teacher": logp(teacher, "prompt_ids"), "privileged_teacher": logp(teacher, "hinted_ids")}
+    return metrics, gradient, list(student.parameters()), policies, tokens, mask
+
+
+@pytest.mark.parametrize("recipe, table", [
+    ("dopd", dopd_table()), ("vanilla", uniform_table("teacher", "reverse_kl", "full", 1.0)),
+    ("privileged_teacher", uniform_table("privileged_teacher", "reverse_kl", "full", 1.0)),
+    ("privileged_student", uniform_table("privileged_student", "reverse_kl", "full", 1.0))])
+def test_step_token_by_token(monkeypatch, recipe, table):
+    """Catches a gap or a source that comes from the wrong model, reads the wrong prompt or is one token off."""
+    metrics, gradient, weights, *batch = tiny_training(monkeypatch, recipe)
+    loss, regimes = naive_loss(table, *batch, 3)
+    expected = torch.autograd.grad(loss, weights)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and loss > 0.01
+    torch.testing.assert_close(gradient, list(expected), rtol=1e-4, atol=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(math.sqrt(sum(part.square().sum() for part in expected)), rel=1e-4)
+    if recipe == "dopd":
+        shares = {regime: regimes.count(regime) / len(regimes) for regime in table}
+        assert metrics["regime_share"] == pytest.approx(shares) and sorted(shares.values())[1] > 0
+
+
+def test_a_student_learns_from_itself_only_by_a_hint(monkeypatch):
+    """Catches KL(p || stop-gradient p): a privileged student that is the student once more."""
+    metrics = tiny_training(monkeypatch, "privileged_student")[0]
+    assert metrics["loss"] > 0.01 and metrics["grad_norm"] > 0.01
+    monkeypatch.undo()
+    metrics = tiny_training(monkeypatch, "privileged_student", hint=False)[0]
+    assert metrics["loss"] < 1e-9 and metrics["grad_norm"] < 1e-6
+
+
+@pytest.mark.parametrize("reader, share", [("live", 1.0), ("ema", 0.25), ("frozen", 0.0)])
+def test_who_reads_the_hint_follows_the_student(reader, share):
+    config = dopd.Config(privileged_student=reader, ema_decay=0.75)
+    trainee = dopd.Trainee(tiny_model(seed=1), tiny_model(seed=2), config)
+    before = [weight.detach().clone() for weight in trainee.student.parameters()]
+    for weight in trainee.student.parameters():
+        weight.grad = torch.ones_like(weight)
+    trainee.step(0.1)                                                     # AdamW's first step moves every weight by lr
+    read = trainee.policies["privileged_student"].model.parameters()
+    for old, weight, reads in zip(before, trainee.student.parameters(), read, strict=True):
+        torch.testing.assert_close((weight, reads), (old - 0.1, old - 0.1 * share), rtol=0, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- scores and rollouts
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])                     # GPT-2 minds absolute positions
+def test_score_is_that_of_every_sequence_alone(family):
+    """Token 0 is what gaps are filled with; here it is a word of the prompts and the EOS too, and must count."""
+    model = tiny_model(family)
+    prompts, written = [[3, 0, 5, 1], [7], [0, 0, 2]], [[4, 5, 0], [6, 0], [1, 2, 3, 4]]
+    tokens = pad_sequence([torch.tensor(ids) for ids in written], batch_first=True)
+    mask = torch.arange(4) < torch.tensor([3, 2, 4])[:, None]
+    for vocabulary in (12, 9):                                            # an embedding table may be padded: with 9
+        logp = dopd.score(model, prompts, tokens, mask, vocabulary)[:]    # words its last 3 rows get no probability
+        expected = [direct(model, *pair, vocabulary) for pair in zip(prompts, written)]
+        torch.testing.assert_close(logp, torch.cat(expected))
+
+
+@pytest.mark.parametrize("chain, eos_ids, longest, written", [
+    ([1, 2, 3, 0, 5, 6], [0], 6, [[2, 3, 0], [3, 0], [0]]),               # up to the first EOS and no further
+    ([1, 2, 3, 0, 5, 6], [0], 2, [[2, 3], [3, 0], [0]]),                  # cut after two tokens: no EOS made up
+    ([1, 2, 3, 4, 5, 6], [0, 5, 3], 6, [[2, 3], [3], [4, 5]])])           # any EOS stops
+@pytest.mark.parametrize("pad", [0, 7])
+def test_completion_ends_with_its_first_eos(chain, eos_ids, longest, written, pad):
+    """Catches a mask by pad id: where pad == EOS it drops the EOS, and nobody learns to stop."""
+    table = torch.full((8, 8), 1 / 8)
+    for token, following in zip(chain, chain[1:]):
+        table[token] = torch.eye(8)[following]
+    model = model_of(table)
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad
+    tokens, mask = dopd.rollout(model, [[1], [0, 2], [0, 0, 3]], longest, eos_ids)
+    assert [ids[:kept.sum()].tolist() for ids, kept in zip(tokens, mask)] == written
+    assert (mask[:, 1:] <= mask[:, :-1]).all()                            # nothing after the end
+
+
+def assert_sampled_from(law, tokens):
+    counts = torch.bincount(tokens, minlength=len(law))
+    spread = (len(tokens) * law * (1 - law)).sqrt()
+    assert ((counts - len(tokens) * law).abs() <= 5 * spread).all()
+
+
+def test_rollout_is_on_policy_whatever_the_checkpoint_says():
+    """Catches a generation config that leaks into the sampling. 64 words, for a top-k of 50 is a default."""
+    law = torch.arange(1.0, 65.0) / 2080
+    model = model_of(law.expand(64, 64))
+    theirs = GenerationConfig(
+        do_sample=True, temperature=0.01, top_k=1, top_p=0.1, min_p=0.5, typical_p=0.1, repetition_penalty=9.0,
+        no_repeat_ngram_size=1, min_new_tokens=3, suppress_tokens=[60], eos_token_id=[0, 62], max_length=3)
+    model.generation_config = theirs
+    tokens, mask = dopd.rollout(model, [[63]] * 4000, 2, [0])
+    assert_sampled_from(law, tokens[mask])
+    assert_sampled_from(law, tokens[tokens[:, 0] == 62, 1])               # goes on after an EOS that is only theirs
+    assert model.generation_config is theirs and theirs.temperature == 0.01 and theirs.eos_token_id == [0, 62]
+
+
+def test_rollout_of_padded_prompts_and_of_a_padded_vocabulary():
+    model, prompts = tiny_model("gpt2").float(), [[7], [3, 0, 5, 1]]
+    tokens, _ = dopd.rollout(model, prompts * 3000, 1, [0], vocabulary=9)
+    for number, prompt in enumerate(prompts):
+        assert_sampled_from(direct(model, prompt, [0], vocabulary=9)[0].exp(), tokens[number::2, 0])
+
+
+def test_evaluate_counts_what_it_says():
+    class Coin:
+        def check(self, row, completion):
+            return completion.startswith(row["answer"])
+
+        def grade(self, row, tokens):
+            return [dopd.Grade("recall", token == "7", {"7": 0.5, "8": 0.5}) for token in tokens]
+
+    tokenizer, config = dopd.tiny_tokenizer(), dopd.Config(max_new_tokens=2)
+    law = torch.zeros(len(tokenizer))
+    law[tokenizer.convert_tokens_to_ids(["7", dopd.EOS, "8"])] = torch.tensor([0.5, 0.3, 0.2])
+    row = {"prompt": "1", "prompt_ids": [4], "hinted_ids": [4], "answer_ids": [4]}
+    rows = [row | {"answer": "7", "reachable": True}, row | {"answer": "", "reachable": False}] * 500
+    setup = dopd.Setup(config, Coin(), tokenizer, {"test": rows}, len(tokenizer), [tokenizer.eos_token_id])
+    found = dopd.evaluate(setup, dopd.Policy(model_of(law.expand(len(law), len(law))), False), "test")
+    assert found["exact"] == pytest.approx(0.5 * 0.3, abs=0.04)           # 7, then EOS; a 7 and no EOS is not right
+    assert found["stopped"] == pytest.approx(0.3 + 0.7 * 0.3, abs=0.04)
+    assert found["by_kind"] == {"recall": pytest.approx(0.5, abs=0.04)}
+    assert found["entropy"] == pytest.approx(1.029653, abs=1e-4)          # -(0.5 log 0.5 + 0.3 log 0.3 + 0.2 log 0.2)
+    assert found["nll"] == pytest.approx(1.151293, abs=1e-4)              # -(0.5 log 0.5 + 0.5 log 0.2)
+    assert found["nll_best"] == pytest.approx(math.log(2))
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+RULES, SIMPLIFY = dopd.TASKS["rules"], dopd.TASKS["simplify"]
+RULES_ROW = {"prompt": "7fbk=", "answer": "967314"}       # f is 9, b is 7, and the wild k happened to be 1
+K_LAW = {"1": 0.4, "4": 0.3, "6": 0.2, "9": 0.1}
+SIMPLIFY_ROW = {"prompt": "1+2+3=", "answer": "3+3=6"}    # 1+5=6 is as good
+
+
+@pytest.mark.parametrize("completion, right, kinds", [                    # capital letters: the token is wrong
+    ("967314", True, "recall execute recall execute unlearnable execute stop"),
+    ("977415", False, "recall EXECUTE recall execute unlearnable execute stop"),       # after the slip all is right
+    ("859241", False, "RECALL execute RECALL EXECUTE UNLEARNABLE EXECUTE stop"),
+    ("967", False, "recall execute recall EXECUTE"),
+    ("9673145", False, "recall execute recall execute unlearnable execute STOP STOP")])
+def test_rules_check_and_grades(completion, right, kinds):
+    assert RULES.check(RULES_ROW, completion) is right
+    grades = RULES.grade(RULES_ROW, [*completion, dopd.EOS])
+    assert " ".join(grade.kind if grade.correct else grade.kind.upper() for grade in grades) == kinds
+    assert [grade.law for grade in grades] == [K_LAW if grade.kind == "unlearnable" else {} for grade in grades]
+
+
+@pytest.mark.parametrize("completion, right, kinds", [
+    ("3+3=6", True, "choice copy copy copy execute stop"),
+    ("1+5=6", True, "choice copy execute copy execute stop"),
+    ("1+3=4", False, "choice copy EXECUTE copy execute stop"),               # not a choice any more: the 1 made it
+    ("4+3=7", False, "CHOICE copy copy copy execute stop"),                  # after the slip all is right
+    ("3*3=9", False, "choice COPY OTHER OTHER execute stop"),
+    ("3+3=65", False, "choice copy copy copy execute STOP OTHER"),
+    ("3+3=", False, "choice copy copy copy EXECUTE")])
+def test_simplify_check_and_grades(completion, right, kinds):
+    assert SIMPLIFY.check(SIMPLIFY_ROW, completion) is right
+    grades = SIMPLIFY.grade(SIMPLIFY_ROW, [*completion, dopd.EOS])
+    assert " ".join(grade.kind if grade.correct else grade.kind.upper() for grade in grades) == kinds
+    assert [grade.law for grade in grades] == [{"1": 0.5, "3": 0.5}] + [{}] * (len(grades) - 1)
+
+
+def test_hints_of_rules_agree_with_the_answer():
+    rng, wild = random.Random(0), 0
+    for row in (RULES.problem(rng) for _ in range(500)):
+        value, total = int(row["prompt"][0]), 0
+        for name, rule, written in zip(row["prompt"][1:-1], row["answer"][::2], row["answer"][1::2], strict=True):
+            value, total, wild = (value + int(rule)) % 10, total + int(rule), wild + (name in "klm")
+            assert int(written) == value
+        assert row["hints"] == {"answer": str(value), "execution": row["answer"], "steps": row["answer"][::2],
+                                "summary": f"{total:02d}", "none": ""}
+    assert wild / 1500 == pytest.approx(0.2, abs=0.04)
+
+
+def test_hints_of_simplify_agree_with_the_answer():
+    rng, orders = random.Random(0), set()
+    for row in (SIMPLIFY.problem(rng) for _ in range(500)):
+        line, total, hints = row["prompt"][:-1], 0, row["hints"]
+        for step, after in zip(map(int, hints["steps"]), row["answer"].split("="), strict=True):
+            part = line[2 * step:2 * step + 3]
+            assert part[1] == "*" or "*" not in line
+            line, total = line[:2 * step] + str(eval(part) % 10) + line[2 * step + 3:], total + eval(part) % 10
+            assert line == after and (eval(line) - eval(row["prompt"][:-1])) % 10 == 0
+        assert hints == {"answer": line, "execution": row["answer"], "steps": hints["steps"],
+                         "summary": f"{total:02d}", "none": ""}
+        orders.add(hints["steps"])
+    assert len(orders) == 6                                               # no valid order is left out
+
+
+@pytest.fixture(scope="module")
+def solutions():
+    """(role, form of the hint): 2000 problems, each with what the author wrote."""
+    rng = random.Random(0)
+    rows = [RULES.problem(rng) for _ in range(2000)]
+    return {(role, form): [(row, RULES.solution(row, form, getattr(RULES, role), rng)) for row in rows]
+            for role in ("teacher", "student") for form in rows[0]["hints"]}
+
+
+@pytest.mark.parametrize("role, known", [("teacher", "abcdefg"), ("student", "abcd")])
+def test_author_guesses_what_it_does_not_know_and_follows_the_hint(solutions, role, known):
+    guesses = defaultdict(Counter)
+    for row, text in solutions[role, "none"]:
+        for name, rule, guess in zip(row["prompt"][1:-1], row["answer"][::2], text[::2], strict=True):
+            guesses[name][int(guess) if name in "klm" else guess == rule] += 1
+    for name, counts in guesses.items():
+        law = RULES.WILD.get(name, {True: 1.0} if name in known else {True: 0.1, False: 0.9})
+        assert {guess: count / counts.total() for guess, count in counts.items()} == pytest.approx(law, abs=0.1)
+    assert all(text[::2] == row["hints"]["steps"] for row, text in solutions[role, "steps"])
+    assert all(text == row["answer"] for row, text in solutions[role, "execution"])
+    assert all(sum(map(int, text[::2])) == int(row["hints"]["summary"]) for row, text in solutions[role, "summary"])
+    assert all(text[-1] == row["hints"]["answer"] for row, text in solutions["teacher", "answer"])
+
+
+def slips(results):
+    """The share of wrong digits among the results past 9. All others are right, and each wrong one is one too many."""
+    assert all((written - result) % 10 in (0, int(result > 9)) for result, written in results)
+    wrong = [written != result % 10 for result, written in results if result > 9]
+    return sum(wrong) / len(wrong)
+
+
+@pytest.mark.parametrize("role, share", [("teacher", 0), ("student", 0.6)])
+def test_author_of_rules_slips_where_a_sum_wraps(solutions, role, share):
+    results = []
+    for row, text in solutions[role, "none"] + solutions[role, "steps"]:
+        values = [int(row["prompt"][0]), *map(int, text[1::2])]
+        results += [(value + int(rule), after) for value, rule, after in zip(values, text[::2], values[1:])]
+    assert slips(results) == pytest.approx(share, abs=0.05 * share)
+
+
+@pytest.mark.parametrize("role, share", [("teacher", 0), ("student", 0.5)])
+def test_author_of_simplify_slips_where_a_result_wraps(role, share):
+    rng, results = random.Random(0), []
+    for row in (SIMPLIFY.problem(rng) for _ in range(2000)):
+        line = row["prompt"][:-1]
+        solution = SIMPLIFY.solution(row, "steps", getattr(SIMPLIFY, role), rng)
+        for step, after in zip(map(int, row["hints"]["steps"]), solution.split("="), strict=True):
+            results.append((eval(line[2 * step:2 * step + 3]), int(after[2 * step])))
+            line = after
+    assert slips(results) == pytest.approx(share, abs=0.05 * share)
+
+
+@pytest.mark.parametrize("name", dopd.TASKS)
+def test_task_files_can_be_written_again(name, tmp_path):
+    dopd.write_task(dopd.TASKS[name], tmp_path)
+    prompts = {}
+    for split in ("train", "validation", "test", "ood"):
+        committed = Path(dopd.__file__).parent / "tiny_tasks" / name / f"{split}.jsonl"
+        assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
+        prompts[split] = [json.loads(line)["prompt"] for line in committed.read_text().splitlines()]
+    every = sum(prompts.values(), [])
+    assert len(every) == len(set(every)) == 8192 + 3 * 512                # no prompt twice, so the splits are disjoint
+    assert max(map(len, prompts["train"])) < min(map(len, prompts["ood"]))
+
+
+@pytest.fixture(scope="module", params=dopd.TASKS)
+def prepared(request, tmp_path_factory):
+    """What `prepare` makes, with bfloat16, and the prompts from which its warm start would have taught."""
+    lessons = []
+
+    def only_write_down(model, tokenizer, draw, *rest):
+        for _ in range(20):
+            lessons.append(draw()[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        patch.setattr(dopd, "supervised", only_write_down)
+        config = dopd.Config(task=request.param, dtype="bfloat16", rollouts=2, max_new_tokens=8)
+        return dopd.prepare(config, 0), lessons
+
+
+def test_nobody_is_taught_what_will_be_asked(prepared):
+    (setup, _, _), lessons = prepared
+    held_out = {row["prompt"] for split in ("validation", "test", "ood") for row in setup.splits[split]}
+    assert len(held_out) == 3 * 512 and len(lessons) == 2 * 20            # of two tiny models
+    for prompts in lessons:
+        assert len(prompts) == 256 and any("|" in prompt for prompt in prompts)
+        assert not held_out & {prompt.split("|")[-1] for prompt in prompts}
+
+
+def test_a_small_step_is_lost_in_bfloat16_but_not_by_us(prepared):
+    """Catches a student whose own weights are bfloat16: near 1 they are 0.004 apart, and a step is 0.000005."""
+    rounded = torch.nn.Parameter(torch.ones(9, dtype=torch.bfloat16))
+    rounded.grad = torch.ones_like(rounded)
+    torch.optim.AdamW([rounded], lr=5e-6, weight_decay=0.0).step()
+    assert (rounded == 1).all()
+
+    (setup, teacher, student), _ = prepared
+    assert next(teacher.parameters()).dtype == torch.bfloat16
+    trainee = dopd.Trainee(student, teacher, setup.config)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        dopd.distill_step(setup, dopd.RECIPES["dopd"], trainee, setup.splits["train"][:4], 5e-6, (0, 1))
+    assert (trainee.student.model.norm.weight != 1).float().mean() > 0.9  # all 1 before
