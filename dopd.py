@@ -118,6 +118,12 @@ class Config:
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"--{name} {getattr(self, name)}: must be between {low} and {high}")
+        for name in ("recipe", "seeds"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise InputError(f"--{name} {' '.join(map(str, getattr(self, name)))}: give each of them once")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise InputError(f"--seeds {seed}: must be between 0 and {2**32 - 1}")
         for name in self.recipe:
             if name not in RECIPES:
                 raise InputError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
@@ -314,16 +320,19 @@ class Simplify:
     def continuations(self, expression: str, line: str) -> tuple[dict[str, float], bool]:
         """The tokens that continue `line` to a valid reduction, with their shares, and whether one is a result.
 
-        A wrong result earlier in the line is forgiven: what follows it is judged on its own.
+        A wrong result earlier in the line is forgiven, what follows it is judged on its own; but not where the line
+        begins a valid reduction as it stands: in 1+2+3 a 1 is the choice of 2+3, not a wrong 1+2.
         """
-        counts, is_result, i = Counter(), False, len(line)
+        exact, forgiven, i = [], [], len(line)             # (next token, whether it is a result)
         for operator in self.reducible(expression):
             target = list(self.reduce(expression, operator))
             target.append("=" if len(target) > 1 else EOS)
-            if i < len(target) and all(line[j] == target[j] or j == 2 * operator for j in range(i)):
-                counts[target[i]] += 1
-                is_result |= i == 2 * operator
-        return {token: count / counts.total() for token, count in counts.items()}, is_result
+            differs = [j for j in range(i) if target[j:j + 1] != [line[j]]]
+            if i < len(target) and set(differs) <= {2 * operator}:
+                (forgiven if differs else exact).append((target[i], i == 2 * operator))
+        fitting = exact or forgiven
+        counts = Counter(token for token, _ in fitting)
+        return {token: count / len(fitting) for token, count in counts.items()}, any(result for _, result in fitting)
 
 
 @dataclass(frozen=True)
@@ -692,8 +701,7 @@ class Setup(NamedTuple):
     eos_ids: list[int]
 
     def rollout(self, policy: Policy, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = self.config.max_new_tokens or max(len(row["answer_ids"]) for row in rows) + 1
-        return rollout(policy.model, prompts_of(policy, rows), longest, self.eos_ids, self.vocabulary)
+        return rollout(policy.model, prompts_of(policy, rows), rows[0]["max_new_tokens"], self.eos_ids, self.vocabulary)
 
     def score(self, policy: Policy, rows: list[dict], tokens: torch.Tensor, mask: torch.Tensor) -> TokenLogProbs:
         return score(policy.model, prompts_of(policy, rows), tokens, mask, self.vocabulary)
@@ -719,6 +727,7 @@ class Trainee:
         """Sums the gradient over the processes and clips it to norm 1; returns the norm it had."""
         if dist.is_initialized():
             for weight in self.student.parameters():
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 dist.all_reduce(weight.grad)
         return torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0).item()
 
@@ -736,9 +745,7 @@ class Trainee:
             save_model(self.student, tokenizer, fresh)
             torch.save({"adamw": self.adamw.state_dict(), "student": self.student.state_dict(),
                         "reader": self.reader.state_dict()}, fresh / "training.pt")     # shared weights are stored once
-        for older in folder.glob("step-*"):
-            if older.name != f"step-{step}":
-                shutil.rmtree(older)
+        drop_checkpoints(folder, but=step)
 
     def load(self, folder: Path) -> int:
         """Back to the newest checkpoint; returns its step, 0 where there is none."""
@@ -754,6 +761,12 @@ class Trainee:
                 raise InputError(f"{file}: damaged ({first_line(error)}); delete {file.parent} to train from the "
                                  "start") from None
         return done
+
+
+def drop_checkpoints(folder: Path, but: int = 0) -> None:
+    for older in folder.glob("step-*"):
+        if older.name != f"step-{but}":
+            shutil.rmtree(older)
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -827,7 +840,8 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
         of_sources = {name: of_parts[number] for name, of_parts in sources.items()}
         loss, losses[here] = recipe_loss(recipe, student_logp, of_sources, tokens[here], regimes[here], weights[here],
                                          config.top_k)
-        loss.backward()
+        if loss.requires_grad:                                            # else none of its tokens has a row
+            loss.backward()
         entropies[here] = scores_of(student_logp, *part[1:]).entropy
         start = here.stop
 
@@ -883,7 +897,7 @@ def train(setup: Setup, name: str, recipe: Recipe, seed: int, student, teacher, 
             metrics["seconds"] = time.perf_counter() - started
             if step % config.eval_every == 0 or step == config.steps:
                 metrics["validation"] = evaluate(setup, trainee.policies["student"], "validation")
-                bar.set_postfix(exact=f"{metrics['validation']['exact']:.2f}", refresh=False)
+                bar.set_postfix(exact=mean_and_spread([metrics["validation"]["exact"]]), refresh=False)
             log.write(recipe=name, seed=seed, step=step, **metrics)
             if "validation" in metrics and is_main():
                 trainee.save(folder, step, setup.tokenizer)
@@ -900,10 +914,11 @@ def supervised(model, tokenizer, draw: Callable, steps: int, lr: float, label: s
         tokens, mask = pad(completions, "right", model.device)
         logp = score(model, tokenizer(prompts).input_ids, tokens, mask, len(tokenizer))[:]   # (N, V)
         loss = -logp.gather(1, tokens[mask][:, None]).mean()
-        adamw.param_groups[0]["lr"] = lr * cosine(step, steps)
-        adamw.zero_grad()
+        adamw.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * cosine(step, steps)
         loss.backward()
-        adamw.step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)           # without it and the slow start, one seed in
+        adamw.step()                                                      # five makes a teacher that cannot add
+        adamw.zero_grad()
 
 
 def warm_start(task, role: str, config: Config, tokenizer, seed: int, held_out: set[str]):
@@ -1016,8 +1031,16 @@ class Log:
     def __init__(self, path: Path):
         self.path, self.rows = path, []
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            self.rows = [json.loads(line) for line in lines if line.endswith("}\n")]   # a kill may leave half a line
+            for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+                try:
+                    self.rows += [json.loads(line)] if line.endswith("\n") else []      # a kill may leave half a line
+                except ValueError:
+                    raise InputError(f"{path}, row {number}: damaged; delete the row, or start anew") from None
+            self.write_all()
+
+    def write_all(self) -> None:
+        if is_main():
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, **row) -> None:
         self.rows.append(row)
@@ -1029,8 +1052,7 @@ class Log:
         """Drops what a training did beyond its last checkpoint."""
         self.rows = [row for row in self.rows if (row["recipe"], row["seed"]) != (recipe, seed)
                      or 0 < after and row["step"] <= after]
-        if is_main():
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.write_all()
 
     def tested(self, recipe: str, seed: int) -> bool:
         return any("test" in row for row in self.rows if (row["recipe"], row["seed"]) == (recipe, seed))
@@ -1183,29 +1205,42 @@ def read_rows(file: Path, form: str) -> list[dict]:
     """A JSONL file as rows of prompt, hint and answer. Raises InputError with the file, the row and the mend."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        if line.strip():
+            check_row(line, form, f"{file}, row {number}")                # which the loader does not name
+    if not file.read_text(errors="replace").strip():
+        raise InputError(f"{file}: no rows; write a JSON object per line")
     try:
         rows = datasets.load_dataset("json", data_files=str(file), split="train").to_list()
-    except Exception as error:             # which does not say which row it was
-        for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-            try:
-                assert isinstance(json.loads(line), dict)
-            except (ValueError, AssertionError):
-                raise InputError(f"{file}, row {number}: not a JSON object; write one per line") from None
-        raise InputError(f"{file}: {first_line(error)}") from None
-    for number, row in enumerate(rows, 1):
-        hints = row.get("hints")
-        row["hint"] = hints.get(form) if isinstance(hints, dict) else row.get("hint")
-        if row["hint"] is None and form == "none":
-            row["hint"] = ""
-        for name in ("prompt", "hint", "answer"):
-            if not isinstance(row.get(name), str):
-                what = f'"hints": {{"{form}": ...}} or "hint"' if name == "hint" else f'"{name}"'
-                raise InputError(f"{file}, row {number}: {what} must be a text, not {row.get(name)!r}")
-        if not row["prompt"]:
-            raise InputError(f'{file}, row {number}: "prompt" is empty')
-    if not rows:
-        raise InputError(f"{file}: no rows")
+    except Exception as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); write a JSON object per line") from None
+    for row in rows:
+        row["hint"] = hint_of(row, form)
     return rows
+
+
+def hint_of(row: dict, form: str) -> str | None:
+    hints = row.get("hints")
+    hint = hints.get(form) if isinstance(hints, dict) else row.get("hint")
+    return "" if hint is None and form == "none" else hint
+
+
+def check_row(line: str, form: str, where: str) -> None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object; write one per line")
+    texts = {'"prompt"': row.get("prompt"), f'"hints": {{"{form}": ...}} or "hint"': hint_of(row, form),
+             '"answer"': row.get("answer")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"{where}: {name} must be a text, not {json.dumps(text)[:40]}")
+        if re.search("[\ud800-\udfff]", text):
+            raise InputError(f"{where}: {name} holds half a character (a lone surrogate); mend its \\u escapes")
+    if not row["prompt"]:
+        raise InputError(f'{where}: "prompt" is empty; write what the student reads')
 
 
 def read_splits(path: Path, config: Config) -> dict[str, list[dict]]:
@@ -1242,15 +1277,20 @@ def encode(setup: Setup, path: Path, context: int) -> None:
         prompts, hinted = (encoded(texts) for texts in (
             [row["prompt"] for row in rows], [with_hint(row, setup.config.hint_template) for row in rows]))
         answers = setup.tokenizer([row["answer"] for row in rows], add_special_tokens=False).input_ids
+        longest = setup.config.max_new_tokens or max(map(len, answers)) + 1
         for row, row["prompt_ids"], row["hinted_ids"], row["answer_ids"] in zip(rows, prompts, hinted, answers):
             where = f"{path}, {split}, prompt {row['prompt'][:40]!r}"
-            length = len(row["hinted_ids"]) + (setup.config.max_new_tokens or len(row["answer_ids"]) + 1)
+            row["max_new_tokens"] = longest
+            length = max(len(row["prompt_ids"]), len(row["hinted_ids"])) + longest
             if length > context:
                 raise InputError(f"{where}: {length} tokens with hint and completion, the models take {context}; shorten "
                                  "it or lower --max_new_tokens")
-            if setup.tokenizer.unk_token_id in row["hinted_ids"]:
-                raise InputError(f"{where}: has a character that the tokenizer does not know")
-            grades = setup.task.grade(row, [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS])
+            if setup.tokenizer.unk_token_id in row["hinted_ids"] + row["answer_ids"]:
+                raise InputError(f"{where}: has a character that the tokenizer does not know; leave it out")
+            try:
+                grades = setup.task.grade(row, [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS])
+            except (IndexError, ValueError):
+                raise InputError(f"{where}: no problem of --task {setup.config.task}; mend it, or take other --data") from None
             row["reachable"] = all(grade.kind != "unlearnable" for grade in grades)
 
 
@@ -1302,7 +1342,10 @@ def prepare(config: Config, seed: int, task=None) -> tuple:
         student.gradient_checkpointing_enable()
     eos = student.generation_config.eos_token_id
     eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    vocabulary = min(model.get_input_embeddings().num_embeddings for model in (teacher, student))
+    vocabulary = max(tokenizer.get_vocab().values()) + 1                  # embedding tables may be padded beyond it
+    if vocabulary > min(model.get_input_embeddings().num_embeddings for model in (teacher, student)):
+        raise InputError(f"--student {config.student}: its tokenizer has {vocabulary} tokens, more than an embedding table; "
+                         "take the tokenizer of the checkpoint")
     setup = Setup(config, task, tokenizer, splits, vocabulary, eos_ids)
     encode(setup, path, min(model.config.max_position_embeddings for model in (teacher, student)))
     return setup, teacher.requires_grad_(False), student
@@ -1332,17 +1375,16 @@ def run_seed(config: Config, task, seed: int, log: "Log") -> None:
         if not log.tested(name, seed):
             log.write(recipe=name, seed=seed, **final_tests(setup, Trainee(model, teacher, config).policies))
     for name in config.recipe if not config.eval_only else ():
-        if log.tested(name, seed):
-            continue
         place = folder / f"{name}-seed{seed}"
-        trainee = train(setup, name, RECIPES[name], seed, copy.deepcopy(untrained), teacher, place, log)
-        tests = final_tests(setup, trainee.policies)
+        if not log.tested(name, seed):
+            trainee = train(setup, name, RECIPES[name], seed, copy.deepcopy(untrained), teacher, place, log)
+            tests = final_tests(setup, trainee.policies)
+            if is_main():
+                with new_folder(place / "student") as fresh:
+                    save_model(trainee.student, setup.tokenizer, fresh)
+            log.write(recipe=name, seed=seed, **tests)
         if is_main():
-            with new_folder(place / "student") as fresh:
-                save_model(trainee.student, setup.tokenizer, fresh)
-        log.write(recipe=name, seed=seed, **tests)
-        if is_main():
-            shutil.rmtree(place / f"step-{config.steps}")
+            drop_checkpoints(place)
 
 
 def final_tests(setup: Setup, policies: dict[str, Policy]) -> dict:
@@ -1408,7 +1450,7 @@ def join_processes(config: Config) -> None:
 
 
 def main(argv: list[str]) -> int:
-    started = time.perf_counter()
+    started, config = time.perf_counter(), None
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     try:
@@ -1423,14 +1465,15 @@ def main(argv: list[str]) -> int:
         print(f"dopd.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dopd.py: {error.filename or config.out}: {error.strerror}", file=sys.stderr)
+        print(f"dopd.py: {error.filename or (config and config.out)}: {error.strerror}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print(f"dopd.py: --device {config.device}: out of memory; lower --micro_batch, which changes nothing else, and "
               f"--resume {config.out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted: python dopd.py --resume {config.out}", file=sys.stderr)
+        begun = config and (Path(config.out) / "config.json").exists()
+        print("\ninterrupted" + (f": python dopd.py --resume {config.out}" if begun else ""), file=sys.stderr)
         return 130
     print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
     return 0

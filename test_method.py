@@ -213,18 +213,14 @@ def test_every_objective_on_every_support_token_by_token(objective, support, k):
                 policies["student"], rtol=1e-6)
 
 
-def test_top_k_is_the_students_and_the_tail_takes_the_rest():
-    ours, theirs = dopd.top_k_with_tail(logs(0.6, 0.3, 0.1), logs(0.1, 0.2, 0.7), 1)
-    torch.testing.assert_close(ours.exp().tolist(), [0.6, 0.4])
-    torch.testing.assert_close(theirs.exp().tolist(), [0.1, 0.9])         # the source's own top 1 would give 0.7
-
-
-def test_top_1_is_not_renormalised_to_nothing():
-    """Catches top-K renormalised to 1 on both sides: with K = 1 always zero, whatever the policies."""
+def test_top_1_is_the_students_and_the_tail_takes_the_rest():
+    """Catches the source's top-K, and top-K renormalised to 1, which for K = 1 is always zero."""
     student, source = logs(0.5, 0.3, 0.2), logs(0.2, 0.3, 0.5)
+    ours, theirs = dopd.top_k_with_tail(student, source, 1)
+    torch.testing.assert_close((ours.exp().tolist(), theirs.exp().tolist()), ([0.5, 0.5], [0.2, 0.8]))
     value, gradient = value_and_gradient(lambda logp: dopd.reverse_kl(*dopd.top_k_with_tail(logp, source, 1)), student)
-    # (1/2, 1/2) against (1/5, 4/5): 1/2 log 5/2 + 1/2 log 5/8 = log 5/4
-    assert value.item() == pytest.approx(math.log(5 / 4)) and gradient.abs().max() > 0.1
+    assert value.item() == pytest.approx(math.log(5 / 4))                 # 1/2 log 5/2 + 1/2 log 5/8
+    assert gradient.abs().max() > 0.1
 
 
 @each_objective
@@ -264,9 +260,13 @@ def test_sampled_token_has_the_gradient_of_the_divergence_on_average(objective):
 
 # ------------------------------------------------------------------------------------------------------------ router
 
+def every(tokens):
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
 def route(q_teacher, q_student):
     q_teacher, q_student = torch.tensor(q_teacher), torch.tensor(q_student)
-    return names(dopd.route(q_teacher.log(), q_student.log(), torch.ones_like(q_teacher, dtype=torch.bool)))
+    return names(dopd.route(q_teacher.log(), q_student.log(), every(q_teacher)))
 
 
 def test_one_token_of_every_regime():
@@ -280,7 +280,7 @@ def test_ties():
     assert route([0.5, 0.25], [0.25, 0.5]) == ["HT", "HS"]                # every gap is the mean gap: high
     assert route([0.5, 0.25], [0.5, 0.25]) == ["HT", "HT"]                # no gap at all, and q_T == q_S: HT
     gap, q_teacher, q_student = torch.tensor([[0.0, 1, 1], [0.25, 0.375, 0.375], [0.25, 0.125, 0.125]])
-    assert names(dopd.regimes_of(gap, q_teacher, q_student, gap < 9)) == ["LH", "HT", "HT"]    # the mean sum: LH
+    assert names(dopd.regimes_of(gap, q_teacher, q_student, every(gap))) == ["LH", "HT", "HT"]     # the mean sum
 
 
 def test_outliers_are_left_out_of_the_averages_but_not_of_the_training():
@@ -289,19 +289,22 @@ def test_outliers_are_left_out_of_the_averages_but_not_of_the_training():
     gap = torch.tensor([0.1] * 10 + [1.0] * 10 + [100.0])
     q_teacher = torch.tensor([0.25] * 5 + [0.28] * 5 + [0.30] * 10 + [0.9])
     q_student = torch.tensor([0.25] * 5 + [0.28] * 5 + [0.23] * 10 + [1.0])
-    regimes = names(dopd.regimes_of(gap, q_teacher, q_student, gap > 0))
+    regimes = names(dopd.regimes_of(gap, q_teacher, q_student, every(gap)))
     assert regimes == ["LL"] * 5 + ["LH"] * 5 + ["HT"] * 10 + ["HS"]
 
 
 def test_evidence_adds_up_over_the_completion_so_far():
-    # Two completions, of 3 and 2 tokens, which the hint makes likelier by -1, -1.5, 9 and by -3, 5 nats. In the tokens
-    # before each: 0, -1, -2.5 and 0, -3. Below -2 the completion has left the hint.
-    plain, position = torch.tensor([-4.0, -5, -6, -7, -8]), torch.tensor([0, 1, 2, 0, 1])
-    hinted = plain + torch.tensor([-1, -1.5, 9, -3, 5])
-    prefixes = dopd.by_evidence({"teacher": dopd.Scores(plain, plain, position),
-                                 "privileged_teacher": dopd.Scores(hinted, plain, position)})
-    agrees, disagrees = dopd.Prefix.AGREES, dopd.Prefix.DISAGREES
-    assert prefixes.tolist() == [agrees, agrees, disagrees, agrees, disagrees]
+    policies, tokens, mask = a_batch()
+    plain, hinted = policies["teacher"], (3 * policies["privileged_teacher"]).log_softmax(-1)
+    expected = []
+    for b, length in enumerate(mask.sum(1)):
+        evidence = 0
+        for t in range(length):                                           # the token itself is not counted yet
+            expected.append(dopd.Prefix.AGREES if evidence >= -2 else dopd.Prefix.DISAGREES)
+            evidence += (hinted - plain)[b, t, tokens[b, t]]
+    scores = {name: dopd.scores_of(logp[mask], tokens, mask)
+              for name, logp in (("teacher", plain), ("privileged_teacher", hinted))}
+    assert dopd.by_evidence(scores).tolist() == expected and len(set(expected)) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -354,18 +357,14 @@ def test_padding_gets_no_gradient_and_changes_nothing():
 
 
 def test_only_the_student_gets_a_gradient():
-    policies, tokens, mask = a_batch()
+    policies, tokens, mask = a_batch(count=2, longest=4, words=5)
     for logp in policies.values():
         logp.requires_grad_()
-    dopd_loss_of(policies, tokens, mask)(policies["student"]).backward()
+    loss = dopd_loss_of(policies, tokens, mask)
+    loss(policies["student"]).backward()
     assert policies["student"].grad.abs().max() > 0.01
     assert policies["privileged_teacher"].grad is None and policies["privileged_student"].grad is None
-
-
-def test_gradcheck():
-    policies, tokens, mask = a_batch(count=2, longest=4, words=5)
-    loss, logits = dopd_loss_of(policies, tokens, mask), policies["student"].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits: loss(logits.log_softmax(-1)), logits)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits.log_softmax(-1)), policies["student"])
 
 
 @pytest.mark.parametrize("name", dopd.RECIPES)
@@ -387,10 +386,10 @@ def test_the_engine_knows_no_recipe_by_name():
 
 def tiny_training(monkeypatch, recipe, hint=True):
     """One `distill_step`: its metrics, its gradient, and the log-probs, tokens and mask it should have come from."""
-    tokenizer, config = dopd.tiny_tokenizer(), dopd.Config(rollouts=2, top_k=3, max_new_tokens=4)
+    tokenizer, config = dopd.tiny_tokenizer(), dopd.Config(rollouts=4, top_k=3, max_new_tokens=5)
     student, teacher = (tiny_model(words=len(tokenizer), seed=seed) for seed in (1, 2))
-    rows = [{"prompt_ids": ids, "hinted_ids": [7, 9, 25, *ids] if hint else ids} for ids in ([5, 14], [6, 14, 16, 15])]
-    setup = dopd.Setup(config, dopd.TASKS["rules"], tokenizer, {}, len(tokenizer), [1])
+    rows = [{"prompt_ids": ids, "hinted_ids": [7, 9, 25, *ids] if hint else ids, "max_new_tokens": 4} for ids in ([5, 14], [6, 14, 16, 15])]
+    setup = dopd.Setup(config, dopd.TASKS["rules"], tokenizer, {}, len(tokenizer), list(range(9)))
     trainee = dopd.Trainee(student, teacher, config)
     rollout, sampled, gradient = dopd.rollout, [], []
 
@@ -405,8 +404,8 @@ def tiny_training(monkeypatch, recipe, hint=True):
     monkeypatch.setattr(trainee, "step", keep_gradient)
     metrics = dopd.distill_step(setup, dopd.RECIPES[recipe], trainee, rows, 0.1, (0, 1))
     gradient = [part * max(metrics["grad_norm"], 1) for part in gradient]                    # as it was before clipping
-    (model, prompts, tokens, mask), = sampled
-    rows = [row for row in rows for _ in range(2)]
+    model, prompts, tokens, mask = sampled[0]
+    rows = [row for row in rows for _ in range(4)]
     assert model is student and prompts == [row["prompt_ids"] for row in rows]               # samples see no hint
 
     def logp(model, prompt):
@@ -427,12 +426,13 @@ def test_step_token_by_token(monkeypatch, recipe, table):
     metrics, gradient, weights, *batch = tiny_training(monkeypatch, recipe)
     loss, regimes = naive_loss(table, *batch, 3)
     expected = torch.autograd.grad(loss, weights)
+    assert len(set(batch[-1].sum(1).tolist())) > 2                        # completions of several lengths
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and loss > 0.01
     torch.testing.assert_close(gradient, list(expected), rtol=1e-4, atol=1e-6)
     assert metrics["grad_norm"] == pytest.approx(math.sqrt(sum(part.square().sum() for part in expected)), rel=1e-4)
     if recipe == "dopd":
         shares = {regime: regimes.count(regime) / len(regimes) for regime in table}
-        assert metrics["regime_share"] == pytest.approx(shares) and sorted(shares.values())[1] > 0
+        assert metrics["regime_share"] == pytest.approx(shares) and min(shares.values()) > 0
 
 
 def test_a_student_learns_from_itself_only_by_a_hint(monkeypatch):
@@ -487,6 +487,7 @@ def test_completion_ends_with_its_first_eos(chain, eos_ids, longest, written, pa
     tokens, mask = dopd.rollout(model, [[1], [0, 2], [0, 0, 3]], longest, eos_ids)
     assert [ids[:kept.sum()].tolist() for ids, kept in zip(tokens, mask)] == written
     assert (mask[:, 1:] <= mask[:, :-1]).all()                            # nothing after the end
+    assert tokens.shape[1] == max(map(len, written))                      # nor is anything sampled once all have ended
 
 
 def assert_sampled_from(law, tokens):
@@ -527,7 +528,7 @@ def test_evaluate_counts_what_it_says():
     tokenizer, config = dopd.tiny_tokenizer(), dopd.Config(max_new_tokens=2)
     law = torch.zeros(len(tokenizer))
     law[tokenizer.convert_tokens_to_ids(["7", dopd.EOS, "8"])] = torch.tensor([0.5, 0.3, 0.2])
-    row = {"prompt": "1", "prompt_ids": [4], "hinted_ids": [4], "answer_ids": [4]}
+    row = {"prompt": "1", "prompt_ids": [4], "hinted_ids": [4], "answer_ids": [4], "max_new_tokens": 2}
     rows = [row | {"answer": "7", "reachable": True}, row | {"answer": "", "reachable": False}] * 500
     setup = dopd.Setup(config, Coin(), tokenizer, {"test": rows}, len(tokenizer), [tokenizer.eos_token_id])
     found = dopd.evaluate(setup, dopd.Policy(model_of(law.expand(len(law), len(law))), False), "test")
@@ -566,7 +567,7 @@ def test_rules_check_and_grades(completion, right, kinds):
     ("1+3=4", False, "choice copy EXECUTE copy execute stop"),               # not a choice any more: the 1 made it
     ("4+3=7", False, "CHOICE copy copy copy execute stop"),                  # after the slip all is right
     ("3*3=9", False, "choice COPY OTHER OTHER execute stop"),
-    ("3+3=65", False, "choice copy copy copy execute STOP OTHER"),
+    ("3+3=66", False, "choice copy copy copy execute STOP OTHER"),
     ("3+3=", False, "choice copy copy copy EXECUTE")])
 def test_simplify_check_and_grades(completion, right, kinds):
     assert SIMPLIFY.check(SIMPLIFY_ROW, completion) is right
@@ -673,7 +674,7 @@ def prepared(request, tmp_path_factory):
     lessons = []
 
     def only_write_down(model, tokenizer, draw, *rest):
-        for _ in range(20):
+        for _ in range(8):
             lessons.append(draw()[0])
 
     with pytest.MonkeyPatch.context() as patch:
@@ -686,7 +687,7 @@ def prepared(request, tmp_path_factory):
 def test_nobody_is_taught_what_will_be_asked(prepared):
     (setup, _, _), lessons = prepared
     held_out = {row["prompt"] for split in ("validation", "test", "ood") for row in setup.splits[split]}
-    assert len(held_out) == 3 * 512 and len(lessons) == 2 * 20            # of two tiny models
+    assert len(held_out) == 3 * 512 and len(lessons) == 2 * 8             # of two tiny models
     for prompts in lessons:
         assert len(prompts) == 256 and any("|" in prompt for prompt in prompts)
         assert not held_out & {prompt.split("|")[-1] for prompt in prompts}

