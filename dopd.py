@@ -70,7 +70,7 @@ def flag(default, help: str):
 class Config:
     """Every flag of the command line. The defaults are the CPU experiment."""
 
-    task: Literal["rules", "simplify"] = flag("rules", "synthetic task of the tiny policies")
+    task: str = flag("rules", "synthetic task of the tiny policies")
     hint: HintForm = flag("steps", "what the hint gives away (table 4); steps: what to do, not what comes out")
     recipe: list[str] = flag(["vanilla", "privileged_teacher", "privileged_student", "dopd"],
                              "one or more recipes, each trained from the same student")
@@ -124,9 +124,9 @@ class Config:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise InputError(f"--seeds {seed}: must be between 0 and {2**32 - 1}")
-        for name in self.recipe:
-            if name not in RECIPES:
-                raise InputError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
+        for name, value, known in [("task", self.task, TASKS), *(("recipe", name, RECIPES) for name in self.recipe)]:
+            if value not in known:
+                raise InputError(f"--{name} {value}: there is none of this name, only {', '.join(known)}")
         if self.eval_only and self.student:
             self.teacher = self.teacher or self.student
         if bool(self.teacher) != bool(self.student):
@@ -855,13 +855,14 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
         gap = advantage_gap(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
         metrics["gap"] = gap.mean().item()
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise NotFinite([row["prompt"] for row in rows])
+        raise NotFinite([{"prompt": row["prompt"], "completion": setup.tokenizer.decode(ids[kept])}
+                         for part in parts for row, ids, kept in zip(*part)])
     trainee.step(lr)
     return metrics
 
 
 class NotFinite(Exception):
-    """A loss or a gradient that is no number. Holds the prompts of the batch."""
+    """A loss or a gradient that is no number. Holds the prompts and completions of the batch."""
 
 
 def batch(rows: list[dict], size: int, step: int, seed: int) -> list[dict]:
@@ -891,7 +892,7 @@ def train(setup: Setup, name: str, recipe: Recipe, seed: int, student, teacher, 
                 metrics = distill_step(setup, recipe, trainee, rows, lr, (seed, step))
             except NotFinite as error:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / "not_finite.json", json.dumps({"step": step, "prompts": error.args[0]}) + "\n")
+                write_text(folder / "not_finite.json", json.dumps({"step": step, "batch": error.args[0]}) + "\n")
                 raise InputError(f"{name}, seed {seed}, step {step}: the loss is not finite; its batch is in {folder}/"
                                  f"not_finite.json, the last checkpoint is intact; try a lower --lr") from None
             metrics["seconds"] = time.perf_counter() - started
@@ -1205,42 +1206,36 @@ def read_rows(file: Path, form: str) -> list[dict]:
     """A JSONL file as rows of prompt, hint and answer. Raises InputError with the file, the row and the mend."""
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        if line.strip():
-            check_row(line, form, f"{file}, row {number}")                # which the loader does not name
-    if not file.read_text(errors="replace").strip():
+    if not file.read_bytes().strip():
         raise InputError(f"{file}: no rows; write a JSON object per line")
-    try:
-        rows = datasets.load_dataset("json", data_files=str(file), split="train").to_list()
+    try:                                   # as text: the JSON loader makes dates of what looks like one, and names no row
+        lines = datasets.load_dataset("text", data_files=str(file), split="train")["text"]
     except Exception as error:
         raise InputError(f"{file}: cannot be read ({first_line(error)}); write a JSON object per line") from None
-    for row in rows:
-        row["hint"] = hint_of(row, form)
-    return rows
+    return [read_row(line, form, f"{file}, row {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def hint_of(row: dict, form: str) -> str | None:
-    hints = row.get("hints")
-    hint = hints.get(form) if isinstance(hints, dict) else row.get("hint")
-    return "" if hint is None and form == "none" else hint
-
-
-def check_row(line: str, form: str, where: str) -> None:
+def read_row(line: str, form: str, where: str) -> dict:
     try:
-        row = json.loads(line)
+        given = json.loads(line)
     except ValueError:
-        row = None
-    if not isinstance(row, dict):
+        given = None
+    if not isinstance(given, dict):
         raise InputError(f"{where}: not a JSON object; write one per line")
-    texts = {'"prompt"': row.get("prompt"), f'"hints": {{"{form}": ...}} or "hint"': hint_of(row, form),
-             '"answer"': row.get("answer")}
-    for name, text in texts.items():
+    hints = given.get("hints")
+    row = {"prompt": given.get("prompt"), "answer": given.get("answer"),
+           "hint": hints.get(form) if isinstance(hints, dict) else given.get("hint")}
+    if row["hint"] is None and form == "none":
+        row["hint"] = ""
+    for name, text in row.items():
+        key = f'"hints": {{"{form}": ...}} or "hint"' if name == "hint" else f'"{name}"'
         if not isinstance(text, str):
-            raise InputError(f"{where}: {name} must be a text, not {json.dumps(text)[:40]}")
+            raise InputError(f"{where}: {key} must be a text, not {json.dumps(text)[:40]}")
         if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"{where}: {name} holds half a character (a lone surrogate); mend its \\u escapes")
+            raise InputError(f"{where}: {key} holds half a character (a lone surrogate); mend its \\u escapes")
     if not row["prompt"]:
         raise InputError(f'{where}: "prompt" is empty; write what the student reads')
+    return row
 
 
 def read_splits(path: Path, config: Config) -> dict[str, list[dict]]:
@@ -1419,7 +1414,7 @@ class Help(RawDescriptionHelpFormatter):
 def parse(argv: list[str]) -> Config:
     parser = Parser(Config, prog="dopd.py", usage="python dopd.py [--flag value ...]", allow_abbrev=False,
                     description="\n\n".join(__doc__.split("\n\n")[:3]), formatter_class=Help,
-                    epilog=f"recipes: {', '.join(RECIPES)}")
+                    epilog=f"tasks: {', '.join(TASKS)}\nrecipes: {', '.join(RECIPES)}")
     config = Config(**vars(parser.parse_args(argv)))
     if config.resume:
         file = Path(config.resume) / "config.json"
