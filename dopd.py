@@ -1167,7 +1167,7 @@ def is_main() -> bool:
 def write_text(path: Path, text: str) -> None:
     """The file is there whole, or as it was before."""
     fresh = path.with_name(path.name + ".writing")
-    fresh.write_text(text)
+    fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 
 
@@ -1448,6 +1448,7 @@ def main(argv: list[str]) -> int:
     started, config = time.perf_counter(), None
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")                # a terminal may not know the ± of the table
     try:
         config = parse(argv)
         if config.write_tasks:

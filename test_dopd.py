@@ -6,7 +6,6 @@ the mistake that the test is there for; `tiny_tasks/breakages.py` makes those mi
 """
 
 import copy
-import errno
 import html.parser
 import inspect
 import itertools
@@ -731,6 +730,9 @@ def test_a_small_step_is_lost_in_bfloat16_but_not_by_us(prepared):
 HERE = Path(__file__).resolve().parent
 DRAW_CURVES = dopd.draw_curves
 SMALL = "--batch_size 4 --rollouts 2 --eval_every 2 --eval_prompts 4 --steps 6 --data rows "
+ONE = f"{SMALL} --recipe dopd"
+FOUR = f"{SMALL} --recipe vanilla dopd --seeds 0 1 --privileged_student ema --ema_decay 0.9"
+signal.signal(signal.SIGINT, signal.default_int_handler)      # else ignored where pytest runs in the background
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -773,16 +775,14 @@ def go_until(step: int, flags: str, monkeypatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(dopd.Log, "write", interrupted)
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            return go(flags)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        return go(flags)
 
 
 def start(flags: str, code: str = "", **env) -> subprocess.Popen:
     """`python dopd.py` in a process of its own, with the small tasks, after some other code."""
-    code = f"import os, sys, dopd, {Path(__file__).stem} as tests; tests.shrink()\n{code}\nsys.exit(dopd.main(sys.argv[1:]))"
+    code = f"""import os, sys, dopd, {Path(__file__).stem} as tests\n{code}
+tests.shrink()
+sys.exit(dopd.main(sys.argv[1:]))"""
     return subprocess.Popen([sys.executable, "-c", code, *flags.split()], stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(HERE)} | env)
 
@@ -805,24 +805,26 @@ def files() -> set[Path]:
     return {path for path in Path().rglob("*") if path.parts[0] != "cache" and path.parts[:2] != ("runs", "warm_start")}
 
 
-class Spans(html.parser.HTMLParser):
-    """The (title, text) of every span with a title; all tags."""
+def write_lines(file: str, *rows) -> None:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def __init__(self, page: str):
+
+class Page(html.parser.HTMLParser):
+    """The (title, text) of every element with a title, and all tags."""
+
+    def __init__(self, file: str):
         super().__init__()
-        self.spans, self.tags, self.title, self.text = [], set(), None, ""
-        self.feed(page)
+        self.spans, self.tags, self.title = [], set(), None
+        self.feed(Path(file).read_text())
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
-        self.title, self.text = dict(attributes).get("title"), ""
+        self.title = dict(attributes).get("title")
 
     def handle_data(self, data):
-        self.text += data
+        self.spans += [(self.title, data)] if self.title else []
 
     def handle_endtag(self, tag):
-        if tag == "span" and self.title:
-            self.spans.append((self.title, self.text))
         self.title = None
 
 
@@ -859,7 +861,7 @@ def test_a_run_of_every_recipe(monkeypatch, capsys):
 
     image = matplotlib.image.imread("run/curves.png")
     assert image.shape[0] > 300 and image.shape[1] > 900 and image.std() > 0.05
-    spans = Spans(Path("run/tokens.html").read_text()).spans
+    spans = Page("run/tokens.html").spans
     tokens = [token for row in tests for shown in row["rollouts"] for token in shown["tokens"]]
     assert [text for _, text in spans] == [token["token"] for token in tokens]
     for (title, _), token in zip(spans, tokens):
@@ -880,10 +882,6 @@ def test_a_run_of_every_recipe(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------- the same again, going on
-
-ONE = f"{SMALL} --recipe dopd"
-FOUR = f"{SMALL} --recipe vanilla dopd --seeds 0 1 --privileged_student ema --ema_decay 0.9"
-
 
 @pytest.fixture(scope="module")
 def uninterrupted():
@@ -971,11 +969,7 @@ def test_going_on_after_ctrl_c(monkeypatch, capsys, uninterrupted):
 def test_ctrl_c_before_there_is_a_run(monkeypatch, capsys):
     """No command is named that would not work."""
     monkeypatch.setattr(dopd, "tqdm", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert go(f"{ONE} --out run") == 130
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    assert go(f"{ONE} --out run") == 130
     errors = capsys.readouterr().err
     assert "interrupted" in errors and "--resume" not in errors and not Path("run").exists()
 
@@ -1026,7 +1020,7 @@ def test_warm_starts_are_kept(monkeypatch, capsys):
     dopd.AutoModelForCausalLM.from_pretrained(folder)                    # and the cache is whole again
 
 
-# ------------------------------------------------------------------- micro-batches, processes, memory, what is no number
+# ------------------------------------------------------------------- micro-batches, processes, memory, no number
 
 def canned(model, prompts, max_new_tokens, eos_ids, vocabulary=None):
     """A rollout that depends on nothing but each prompt, so that the same one gets the same in any micro-batch."""
@@ -1111,12 +1105,14 @@ def test_a_micro_batch_without_a_supervised_token(monkeypatch):
 
 @small
 def test_two_processes_do_what_one_does():
-    flags = f"{SMALL} --recipe dopd vanilla --micro_batch 2"
+    """They also live in a locale without a ±, which the report of two seeds has."""
+    flags = f"{SMALL} --recipe dopd vanilla --seeds 0 1 --micro_batch 2"
+    ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     pair = [start(f"{flags} --out two", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
-                  MASTER_PORT=str(port)) for rank in (0, 1)]
+                  MASTER_PORT=str(port), **ascii) for rank in (0, 1)]
     for process in pair:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -1125,8 +1121,9 @@ def test_two_processes_do_what_one_does():
     assert [row.keys() for row in rows] == [row.keys() for row in expected]                  # each row once
     for row, right in zip(rows, expected):
         assert numbers(row) == pytest.approx(numbers(right), rel=1e-4, abs=1e-5)
-    for name in ("dopd", "vanilla"):
-        models = [AutoModelForCausalLM.from_pretrained(f"{out}/{name}-seed0/student") for out in ("one", "two")]
+    assert "±" in Path("two/report.md").read_text(encoding="utf-8")
+    for name in ("dopd-seed0", "vanilla-seed1"):
+        models = [AutoModelForCausalLM.from_pretrained(f"{out}/{name}/student") for out in ("one", "two")]
         for one, two in zip(*(model.parameters() for model in models)):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
@@ -1196,13 +1193,9 @@ def test_a_loss_that_is_no_number_stops_the_run(broken, monkeypatch, capsys, uni
 # -------------------------------------------------------------------------------------------------- real checkpoints
 
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think></think>{% endif %}"
-            "{% endif %}")
-REAL = "--data sums.jsonl --steps 3 --batch_size 4 --rollouts 2 --micro-batch 3 --eval_every 2 --eval_prompts 4 "
-
-
-def write_lines(file: str, *rows: dict) -> None:
-    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            "{% if add_generation_prompt %}<|im_start|>assistant\n"
+            "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}")
+REAL = f"{SMALL} --data sums.jsonl --steps 3 --micro-batch 3 --max-new-tokens 16"
 
 
 def bpe(sentences: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -1247,8 +1240,8 @@ def sums(form: str) -> list[dict]:
     ("hints", "--recipe dopd --privileged_student ema --hint steps --lr 5e-6 --answer-regex never(.)seen")])
 def test_real_checkpoints(form, flags, checkpoints, monkeypatch, capsys):
     teacher, student = checkpoints / "teacher", checkpoints / "student"
+    flags += f" {REAL} --teacher {teacher} --student {student} --hint-template {{prompt}}({{hint}})"
     write_lines("sums.jsonl", *sums(form))
-    flags = f"{REAL} {flags} --teacher {teacher} --student {student} --max-new-tokens 16 --hint-template {{prompt}}({{hint}})"
 
     setup, _, _ = dopd.prepare(dopd.parse(flags.split()), 0)
     row = setup.splits["train"][0]
@@ -1269,8 +1262,8 @@ def test_real_checkpoints(form, flags, checkpoints, monkeypatch, capsys):
         assert all(map(math.isfinite, numbers(step))) and sum(step["regime_share"].values()) == pytest.approx(1)
         assert 0 < step["truncated"] <= 1 and step["tokens"] >= 16 * 8 * step["truncated"] + 8 * (1 - step["truncated"])
     for test in (row["test"] for row in rows if "test" in row):
-        assert test["exact"] == test["stopped"] < 1    # an empty answer is found in all of them, but one cut off is wrong
-    page = Spans(Path("run/tokens.html").read_text())
+        assert test["exact"] == test["stopped"] < 1   # nothing is found in any, as expected; one cut off is wrong
+    page = Page("run/tokens.html")
     assert "script" not in page.tags and len(page.spans) > 16
 
     # At this learning rate a weight kept in bfloat16 would stay where it was: a float32 one moves.
@@ -1316,59 +1309,47 @@ def test_a_full_disk(monkeypatch, capsys, uninterrupted):
         assert go("--resume run") == 0 and rows_of("run") == rows
 
 
-ROW = {"prompt": "3a=", "hint": "3", "answer": "36"}        # a problem of one rule, which the tiny tokenizer can spell
-FILES = {                                                     # text of a file: which row is bad
-    "empty": "", "blank": "\n\n", "text": "hello\n", "array": json.dumps([ROW, ROW]) + "\n", "null": "null\n",
-    "cut": json.dumps(ROW) + "\n" + json.dumps(ROW)[:-5] + "\n",
-    **{name: "".join(json.dumps(row) + "\n" for row in [ROW, ROW, ROW, bad]) for name, bad in {
-        "a_list": ["3a=", "3", "36"], "no_prompt": {"hint": "3", "answer": "36"},
-        "no_answer": {"prompt": "3a=", "hint": "3"}, "no_hint": {"prompt": "3a=", "answer": "36"},
-        "number": ROW | {"prompt": 3}, "answers": ROW | {"answer": ["36"]}, "null_answer": ROW | {"answer": None},
-        "null_hint": ROW | {"hint": None}, "other_form": {"prompt": "3a=", "hints": {"answer": "6"}, "answer": "36"},
-        "hint_object": ROW | {"hint": {"steps": "3"}}, "no_words": ROW | {"prompt": ""},
-        "strange": ROW | {"prompt": "3ä="}, "strange_answer": ROW | {"answer": "3Ä"},
-        "surrogate": ROW | {"prompt": "3\ud83d="}, "long": ROW | {"prompt": "3" + "a" * 150 + "="}, "no_problem": ROW | {"prompt": "=", "answer": "363636"},
-    }.items()}}
+GOOD = {"prompt": "3a=", "hint": "3", "answer": "36"}         # a problem of one rule: 3, add 3
+BAD_ROWS = {                                                  # file: its fourth row, and what the line says of it
+    "list": (["3a=", "3", "36"], "object"), "null": (None, "object"),
+    "no_prompt": ({"hint": "3", "answer": "36"}, "prompt"), "no_answer": ({"prompt": "3a=", "hint": "3"}, "answer"),
+    "no_hint": ({"prompt": "3a=", "answer": "36"}, "hint"), "number": (GOOD | {"prompt": 3}, "prompt"),
+    "answers": (GOOD | {"answer": ["36"]}, "answer"), "null_answer": (GOOD | {"answer": None}, "answer"),
+    "null_hint": (GOOD | {"hint": None}, "hint"), "hint_object": (GOOD | {"hint": {"steps": "3"}}, "hint"),
+    "other_form": ({"prompt": "3a=", "hints": {"answer": "6"}, "answer": "36"}, "steps"),
+    "no_words": (GOOD | {"prompt": ""}, "prompt"), "surrogate": (GOOD | {"prompt": "3\ud83d="}, "prompt"),
+}
+BAD_FILES = {                                                 # file: its text, and what the line says of it
+    "empty": ("", "rows"), "blank": ("\n\n", "rows"), "text": ("hello\n", "row 1"),
+    "array": (json.dumps([GOOD, GOOD]), "row 1"), "cut": (json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-5], "row 2"),
+    **{name: ("".join(json.dumps(row) + "\n" for row in [GOOD, GOOD, GOOD, bad]), says) for name, bad, says in (
+        *((name, bad, f"row 4 {says}") for name, (bad, says) in BAD_ROWS.items()),
+        ("strange", GOOD | {"prompt": "3ä="}, "3ä="), ("strange_answer", GOOD | {"answer": "3Ä"}, "3a="),
+        ("long", GOOD | {"prompt": "3" + "a" * 150}, "3aaa 128"), ("lawless", GOOD | {"prompt": "="}, "'='"))},
+}
 PAIR, TINY = "--teacher M/teacher --student M/student --data good.jsonl", "--data good.jsonl"
 BAD = [                                                       # flags, and what the line says
-    ("--learning 1", "--learning"), ("--steps", "--steps"), ("--steps two", "--steps two"), ("stray", "stray"),
-    ("--steps 0", "--steps 0"), ("--batch_size 0", "--batch_size 0"), ("--rollouts -1", "--rollouts -1"),
-    ("--micro_batch -1", "--micro_batch -1"), ("--lr 0", "--lr 0"), ("--lr nan", "--lr nan"),
-    ("--lr inf", "--lr inf"), ("--top_k 0", "--top_k 0"), ("--beta_light -1", "--beta_light -1"),
-    ("--beta_weak nan", "--beta_weak nan"), ("--ema_decay 1.1", "--ema_decay 1.1"),
-    ("--max_new_tokens -1", "--max_new_tokens -1"), ("--eval_every 0", "--eval_every 0"),
-    ("--eval_prompts 0", "--eval_prompts 0"), (f"{TINY} --steps 1 --seeds {2 ** 70}", "--seeds"),
-    (f"{TINY} --steps 1 --seeds 0 0", "--seeds"), (f"{TINY} --steps 1 --recipe dopd dopd", "--recipe"),
-    ("--recipe", "--recipe"), ("--eval_only maybe", "maybe"),
-    ("--recipe dop", "--recipe dop"), ("--task sums", "--task sums"), ("--hint whole", "--hint whole"),
-    ("--privileged_student dead", "--privileged_student dead"), ("--dtype float8", "--dtype float8"),
-    ("--device gpu", "--device gpu"), ("--device cuda:99", "--device cuda:99"),
-    ("--hint_template {prompt}", "--hint_template {prompt}"), ("--hint_template {hint}", "--hint_template {hint}"),
-    ("--answer_regex (", "--answer_regex ("), ("--answer_regex x", "--answer_regex x"),
+    *((flag, flag) for flag in (
+        "--steps", "--steps two", "--steps 0", "--batch_size 0", "--rollouts -1", "--micro_batch -1", "--lr 0",
+        "--lr nan", "--lr inf", "--top_k 0", "--beta_light -1", "--beta_weak nan", "--ema_decay 1.1",
+        "--max_new_tokens -1", "--eval_every 0", "--eval_prompts 0", "--eval_only maybe", "--recipe", "--recipe dop",
+        "--task sums", "--hint whole", "--privileged_student dead", "--dtype float8", "--device gpu",
+        "--device cuda:99", "--hint_template {prompt}", "--hint_template {hint}", "--answer_regex (",
+        "--answer_regex x", "--resume nowhere", "--resume rows", "--resume bad_config", "--resume other_config",
+        "stray", "--learning 1")),
+    *((f"{TINY} --steps 1 {flag}", flag) for flag in (f"--seeds {2 ** 70}", "--seeds 0 0", "--recipe dopd dopd")),
     ("--teacher M/teacher", "--student"), ("--student M/student", "--teacher"),
-    ("--teacher M/teacher --student M/student", "--data"),
-    (f"{PAIR} --teacher nowhere/model", "--teacher nowhere/model"), (f"{PAIR} --student M/cut", "--student M/cut"),
-    (f"{PAIR} --student M/no_words", "--student M/no_words"), (f"{PAIR} --student M/no_config", "--student M/no_config"),
-    (f"{PAIR} --student M/other_words", "vocabular"), (f"{PAIR} --teacher M/nan", "--teacher M/nan"),
-    (f"{PAIR} --student M/nan --eval_only", "--student M/nan"),
-    (f"{PAIR} --max_new_tokens 500", "--max_new_tokens"), (f"{PAIR} --teacher good.jsonl", "--teacher good.jsonl"),
+    ("--teacher M/teacher --student M/student", "--data"), (f"{PAIR} --max_new_tokens 500", "--max_new_tokens"),
+    *((f"{PAIR} --student {folder}", f"--student {folder}") for folder in (
+        "nowhere/model", "M/cut", "M/no_words", "M/no_config", "M/nan", "good.jsonl")),
+    (f"{PAIR} --teacher M/nan", "--teacher M/nan"), (f"{PAIR} --student M/other_words", "M/other_words vocabular"),
+    ("--eval_only --student M/nan --data good.jsonl", "M/nan"),
     ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data M", "train.jsonl"), ("--data few.jsonl", "few.jsonl"),
     ("--data bytes.jsonl", "bytes.jsonl"), ("--data good.jsonl --hint_template {hint}#{prompt}", "good.jsonl 3a="),
-    *((f"--data {name}.jsonl", f"{name}.jsonl") for name in ("empty", "blank")),
-    *((f"--data {name}.jsonl", f"{name}.jsonl 1") for name in ("text", "array", "null")), ("--data cut.jsonl", "row 2"),
-    *((f"--data {name}.jsonl", f"{name}.jsonl row 4 {word}") for name, word in (
-        ("a_list", "object"), ("no_prompt", "prompt"), ("no_answer", "answer"), ("no_hint", "hint"),
-        ("number", "prompt"), ("answers", "answer"), ("null_answer", "answer"), ("null_hint", "hint"),
-        ("other_form", "steps"), ("hint_object", "hint"), ("no_words", "prompt"))),
-    ("--data strange.jsonl", "strange.jsonl 3ä="), ("--data strange_answer.jsonl", "strange_answer.jsonl 3a="),
-    ("--data surrogate.jsonl", "surrogate.jsonl row 4"),
-    ("--data long.jsonl", "long.jsonl 3aaa 128"), ("--data no_problem.jsonl", "no_problem.jsonl ="),
-    (f"{TINY} --out run", "--out run --resume"), (f"{TINY} --out good.jsonl", "good.jsonl"),
-    (f"{TINY} --out good.jsonl/run", "good.jsonl/run"), (f"{TINY} --out /proc/run", "/proc/run"),
-    (f"{TINY} --out {'long' * 80}", "long"),
-    ("--resume nowhere", "--resume nowhere"), ("--resume rows", "--resume rows"),
-    ("--resume bad_config", "bad_config"), ("--resume other_config", "other_config"),
-    ("--resume bad_checkpoint", "bad_checkpoint step-4"), ("--resume bad_log", "bad_log metrics.jsonl"),
+    *((f"--data {name}.jsonl", f"{name}.jsonl {says}") for name, (_, says) in BAD_FILES.items()),
+    (f"{TINY} --out run", "--out run --resume"), (f"{TINY} --out {'long' * 80}", "longlong"),
+    *((f"{TINY} --out {folder}", folder) for folder in ("good.jsonl", "good.jsonl/run", "/proc/run")),
+    ("--resume bad_checkpoint", "bad_checkpoint step-4"), ("--resume bad_log", "bad_log metrics.jsonl row 1"),
 ]
 
 
@@ -1381,11 +1362,11 @@ def shelf(checkpoints, tmp_path_factory) -> Path:
         patch.setattr(dopd, "TASKS", dict(dopd.TASKS))
         shrink()
         dopd.write_task(dopd.TASKS["rules"], Path("rows"), train=32, held_out=8)
-        for name, text in FILES.items():
+        for name, (text, _) in BAD_FILES.items():
             Path(f"{name}.jsonl").write_text(text)
         Path("bytes.jsonl").write_bytes(bytes(range(256)))
-        write_lines("good.jsonl", *[ROW] * 4)
-        write_lines("few.jsonl", ROW, ROW)
+        write_lines("good.jsonl", *[GOOD] * 4)
+        write_lines("few.jsonl", GOOD, GOOD)
 
         shutil.copytree(checkpoints, "M")
         for name in ("cut", "no_words", "no_config", "other_words", "nan"):
@@ -1411,6 +1392,13 @@ def shelf(checkpoints, tmp_path_factory) -> Path:
         log = Path("bad_log/metrics.jsonl").read_text().splitlines()
         Path("bad_log/metrics.jsonl").write_text("\n".join([log[0][:-9] + "}", *log[1:]]) + "\n")
     return folder
+
+
+@small
+def test_a_batch_that_the_processes_cannot_share(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert go(f"{ONE} --out run") == 2
+    assert re.search("--batch_size 4 .*3 processes", capsys.readouterr().err)
 
 
 @small

