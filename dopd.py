@@ -1144,7 +1144,7 @@ q_T and q_S, its probability under the privileged teacher and the privileged stu
 
 
 def report(log: Log, folder: Path) -> None:
-    sections = {f"{row['recipe']}, seed {row['seed']}": row["rollouts"] for row in log.rows if "test" in row}
+    sections = {f"{row['recipe']}, seed {row['seed']}": row["rollouts"] for row in log.rows if row.get("rollouts")}
     write_text(folder / "tokens.html", tokens_in_html(sections))
     write_text(folder / "report.md", table(log.rows))
     if any("step" in row for row in log.rows):
@@ -1387,7 +1387,7 @@ def final_tests(setup: Setup, policies: dict[str, Policy]) -> dict:
     return {"test": evaluate(setup, student, "test"),
             "test_hinted": evaluate(setup, Policy(student.model, True), "test"),
             "ood": evaluate(setup, student, "ood") if "ood" in setup.splits else None,
-            "rollouts": routed_rollouts(setup, policies)}
+            "rollouts": routed_rollouts(setup, policies) if student.model is not policies["teacher"].model else []}
 
 
 class Parser(HfArgumentParser):

@@ -569,13 +569,14 @@ def curves(panel: str = "") -> Callable:
         figure, axes = pyplot.subplots(2, len(names), figsize=(5 * len(names), 7), layout="constrained", squeeze=False)
         for column, name in enumerate(names):
             part = frame[frame[panel] == name]
-            for recipe, of_recipe in part.groupby("recipe", sort=False):
+            for number, (recipe, of_recipe) in enumerate(part.groupby("recipe", sort=False)):
                 steps = pandas.json_normalize([entry for curve in of_recipe.curve for entry in curve])
                 for row, value in enumerate(("validation.exact", "entropy")):
                     if value in steps:
                         seeds = steps.dropna(subset=[value]).groupby("step")[value]
-                        axes[row, column].plot(seeds.mean(), label=recipe)
-                        axes[row, column].fill_between(seeds.min().index, seeds.min(), seeds.max(), alpha=0.2)
+                        axes[row, column].plot(seeds.mean(), f"C{number}", label=recipe)
+                        axes[row, column].fill_between(seeds.min().index, seeds.min(), seeds.max(), color=f"C{number}",
+                                                       alpha=0.2)
             axes[0, column].set(title=name, ylabel="exact match, validation")
             axes[1, column].set(xlabel="step", ylabel="entropy of the rollouts, nats")
         axes[0, 0].legend(fontsize=8)
@@ -1164,7 +1165,8 @@ def hardware() -> str:
 def commit() -> str:
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--", "dopd.py", "tiny_tasks/experiments.py")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
 def write_results(name: str, seeds: list[int], plan: Plan, results: dict[str, dict]) -> None:
