@@ -117,7 +117,8 @@ class Config:
                   "ema_decay": (0, 1), "max_new_tokens": (0, most), "eval_every": (1, most), "eval_prompts": (1, most)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
-                raise InputError(f"--{name} {getattr(self, name)}: must be between {low} and {high}")
+                most = f" and at most {high}" if high < most else ""
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {low}{most}")
         for name in ("recipe", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"--{name} {' '.join(map(str, getattr(self, name)))}: give each of them once")
@@ -1448,7 +1449,8 @@ def main(argv: list[str]) -> int:
     started, config = time.perf_counter(), None
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="replace")                # a terminal may not know the ± of the table
+    if hasattr(sys.stdout, "reconfigure"):                 # a terminal may not know the ± of the table
+        sys.stdout.reconfigure(errors="replace")
     try:
         config = parse(argv)
         if config.write_tasks:
@@ -1461,7 +1463,8 @@ def main(argv: list[str]) -> int:
         print(f"dopd.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dopd.py: {error.filename or (config and config.out)}: {error.strerror}", file=sys.stderr)
+        print(f"dopd.py: {error.filename or (config and config.out)}: {error.strerror}; make room, or take another --out",
+              file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print(f"dopd.py: --device {config.device}: out of memory; lower --micro_batch, which changes nothing else, and "
