@@ -1114,7 +1114,7 @@ def test_two_processes_do_what_one_does():
     pair = [start(f"{flags} --out two", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
                   MASTER_PORT=str(port), **ascii) for rank in (0, 1)]
     for process in pair:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     assert go(f"{flags} --out one") == 0
     rows, expected = rows_of("two"), rows_of("one")
