@@ -1191,13 +1191,19 @@ def publish(name: str, seeds: list[int], seconds: float, rows: list[dict], text:
     origin = (f"`{about['command']}`; seeds {', '.join(map(str, seeds))}; {about['hardware']}; "
               f"{about['worker_minutes']} worker-minutes; commit {about['commit'][:12]}{about['commit'][40:]}\n")
     dopd.write_text(RESULTS / f"{name}.md", f"{text}\n{origin}")
-    for readme in (RESULTS / "README.md", ROOT / "README.md"):
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    fill_in(name, text)
+    print(f"\n{name}\n\n{text}")
+
+
+def fill_in(name: str, text: str) -> None:
+    """Puts a text into its place in the README files: all of it, or its first table."""
+    for readme, (place, part) in product((RESULTS / "README.md", ROOT / "README.md"),
+                                         ((name, text.strip()), (f"{name} table", text.strip().split("\n\n")[0]))):
+        start, end = f"<!-- {place} -->\n", f"<!-- /{place} -->"
         page = readme.read_text() if readme.exists() else ""
         if start in page and end in page:
             before, rest = page.split(start, 1)
-            dopd.write_text(readme, f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}")
-    print(f"\n{name}\n\n{text}")
+            dopd.write_text(readme, f"{before}{start}\n{part}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 def command(argv: list[str]) -> None:
