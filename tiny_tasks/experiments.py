@@ -1139,12 +1139,12 @@ def router():
     corner = both / (1 + ray), both * ray / (1 + ray)              # where the mean sum leaves the cone of low gaps
     edges = {"HT": [(0, 0), (0, 1), (1 / ray, 1)], "HS": [(0, 0), (1, 0), (1, 1 / ray)],
              "LH": [corner, (1 / ray, 1), (1, 1), (1, 1 / ray), corner[::-1]], "LL": [(0, 0), corner, corner[::-1]]}
-    labels = {"HT": (0.03, 0.97), "HS": (0.60, 0.22), "LH": (0.55, 0.66), "LL": (0.05, 0.13)}
+    labels = {"HT": (0.03, 0.97), "HS": (0.60, 0.22), "LH": (0.62, 0.82), "LL": (0.30, 0.55)}
     figure, axis = pyplot.subplots(figsize=(7.5, 6), layout="constrained")
     for name, corners in edges.items():
         axis.fill(*zip(*corners), color=dopd.REGIMES[name][0])
         of_regime, row = tokens[tokens.regime == name], DOPD.rows[Regime[name]]
-        axis.plot(of_regime.q_S, of_regime.q_T, "k.", markersize=4, alpha=0.35)
+        axis.plot(of_regime.q_S, of_regime.q_T, "k.", markersize=6, alpha=0.3, clip_on=False)
         axis.text(*labels[name], f"{name}: {row.source.replace('_', ' ')}\n{row.objective}, {row.support}, {row.weight}",
                   fontsize=9, va="top", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"})
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="q_S: probability of the sampled token, student with the hint",
