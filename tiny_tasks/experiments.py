@@ -528,9 +528,10 @@ def student_p(t: float, freedom: int) -> float:
 
 
 def differences(frame) -> str:
-    lines = [[name, paired(frame, name, "dopd"), paired(frame, name, "vanilla")]
+    others = [name for name in ("dopd", "vanilla") if name in set(frame.recipe)]
+    lines = [[name, *(paired(frame, name, other) if name != other else "-" for other in others)]
              for name in dict.fromkeys(frame.recipe) if name not in ("student before", "teacher")]
-    return "Exact match, paired over the seeds:\n\n" + markdown(["recipe", "minus dopd", "minus vanilla"], lines)
+    return "Exact match, paired over the seeds:\n\n" + markdown(["recipe", *(f"minus {name}" for name in others)], lines)
 
 
 def panels(frame, by: str):
