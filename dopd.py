@@ -1194,12 +1194,17 @@ def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out
     folder.mkdir(parents=True, exist_ok=True)
     for split, source, size in (("test", task, held_out), ("validation", task, held_out), ("ood", longer, held_out),
                                 ("train", task, train)):
-        lines = []
+        lines, in_vain = [], 0
         while len(lines) < size:
             row = source.problem(rng)
+            in_vain += 1
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 lines.append(json.dumps(row) + "\n")
+                in_vain = 0
+            if in_vain == 10_000:
+                raise InputError(f"{folder}: the task seems to have only {len(seen)} prompts; make it longer, or ask for "
+                                 f"fewer rows")
         write_text(folder / f"{split}.jsonl", "".join(lines))
 
 
