@@ -44,7 +44,7 @@ from matplotlib import pyplot
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 from transformers.utils import logging as transformers_logging
 
@@ -71,7 +71,7 @@ class Config:
     """Every flag of the command line. The defaults are the CPU experiment."""
 
     task: str = flag("rules", "synthetic task of the tiny policies")
-    hint: HintForm = flag("steps", "what the hint gives away (table 4); steps: what to do, not what comes out")
+    hint: HintForm = flag("steps", "what the hint gives away; steps: what to do, not what comes out")
     recipe: list[str] = flag(["vanilla", "privileged_teacher", "privileged_student", "dopd"],
                              "one or more recipes, each trained from the same student")
     seeds: list[int] = flag([0], "one or more seeds; each has its own warm start, rollouts and order of the data")
@@ -79,7 +79,8 @@ class Config:
     steps: int = flag(160, "optimizer steps of distillation; paper: 200")
     batch_size: int = flag(64, "prompts per optimizer step; paper: 128")
     rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
-    micro_batch: int = flag(0, "completions per forward pass, 0 for all; changes the memory, not the method")
+    micro_batch: int = flag(0, "completions per forward pass, 0 for all: bounds the memory; same method, other "
+                              "random draws")
     lr: float = flag(1e-4, "peak learning rate, cosine to a tenth; paper: 5e-6")
     top_k: int = flag(4, "tokens in the top-K support, besides the tail bucket; paper: 128")
     beta_light: float = flag(0.6, "weight of light supervision, regimes LH and HS; paper: 0.6")
@@ -107,18 +108,20 @@ class Config:
     eval_only: bool = flag(False, "train nothing: test the two policies with and without the hint; a --data file is "
                                   "all test split then, and --student may come alone")
     out: str = flag("", "folder of the run; empty: a new runs/<task>-<hint>")
-    resume: str = flag("", "go on with the run in this folder, with the flags it was started with")
+    resume: str = flag("", "go on with the run in this folder, with the flags it was started with; only "
+                         "--micro_batch may differ")
     write_tasks: bool = flag(False, "write tiny_tasks/ again, byte for byte, and stop")
 
     def __post_init__(self):
-        most = math.inf
-        ranges = {"steps": (1, most), "batch_size": (1, most), "rollouts": (1, most), "micro_batch": (0, most),
-                  "lr": (1e-12, 1), "top_k": (1, most), "beta_light": (0, 1e6), "beta_weak": (0, 1e6),
-                  "ema_decay": (0, 1), "max_new_tokens": (0, most), "eval_every": (1, most), "eval_prompts": (1, most)}
+        any_number = math.inf
+        ranges = {"steps": (1, any_number), "batch_size": (1, any_number), "rollouts": (1, any_number),
+                  "micro_batch": (0, any_number), "lr": (1e-12, 1), "top_k": (1, any_number), "beta_light": (0, 1e6),
+                  "beta_weak": (0, 1e6), "ema_decay": (0, 1), "max_new_tokens": (0, any_number),
+                  "eval_every": (1, any_number), "eval_prompts": (1, any_number)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
-                most = f" and at most {high}" if high < most else ""
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {low}{most}")
+                at_most = f" and at most {high}" if high < any_number else ""
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {low}{at_most}")
         for name in ("recipe", "seeds"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise InputError(f"--{name} {' '.join(map(str, getattr(self, name)))}: give each of them once")
@@ -303,7 +306,7 @@ class Simplify:
         return "=".join(lines)
 
     def check(self, row: dict, completion: str) -> bool:
-        return completion.split("=")[-1] == row["answer"][-1]
+        return completion.split("=")[-1] == row["answer"].split("=")[-1]
 
     def grade(self, row: dict, tokens: list[str]) -> list[Grade]:
         grades, expression, line = [], row["prompt"][:-1], ""
@@ -396,24 +399,40 @@ class TokenLogProbs:
 
 
 def score(model, prompts: list[list[int]], tokens: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> TokenLogProbs:
-    """Log-probs of the completion tokens (B, T) where mask (B, T), each after its prompt: N = mask.sum() rows."""
-    ids, real = pad(prompts, "left", tokens.device)                       # (B, P)
-    inputs = torch.cat([ids, tokens[:, :-1]], 1)                          # (B, P+T-1): the last token predicts nothing
-    attention = torch.cat([real, torch.ones_like(mask[:, :-1])], 1)       # causal: nothing looks beyond its EOS
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=inputs, attention_mask=None if real.all() else attention, position_ids=positions, use_cache=False,
-    ).last_hidden_state[:, ids.shape[1] - 1:]                             # (B, T, H)
+    """Log-probs of the completion tokens (B, T) where mask (B, T), each after its prompt: N = mask.sum() rows.
+
+    Completions of the same prompt share it: all but its last token is read once, into a cache of keys and values.
+    """
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=tokens.device)        # (B,)
+    ids, real = pad(list(place), "left", tokens.device)                   # (D, P): D distinct prompts
+    inputs = torch.cat([ids[of_row], tokens[:, :-1]], 1)                  # (B, P+T-1): the last token predicts nothing
+    attention = torch.cat([real[of_row], torch.ones_like(mask[:, :-1])], 1)        # causal: none looks beyond its EOS
+    cache, shared = None, ids.shape[1] - 1
+    if model.training or len(place) == len(prompts):                      # transformers checkpoints without a cache
+        shared = 0
+    if shared:
+        cache = DynamicCache(config=model.config)
+        hidden_states(model, ids[:, :shared], real[:, :shared], cache)
+        cache.batch_select_indices(of_row)
+    hidden = hidden_states(model, inputs[:, shared:], attention, cache)[:, -tokens.shape[1]:]        # (B, T, H)
     return TokenLogProbs(hidden[mask], model.get_output_embeddings(), vocabulary)
 
 
-def pad(sequences: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+def hidden_states(model, ids: torch.Tensor, attention: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+    """Last hidden states (B, L, H) of ids (B, L); attention also covers what is in the cache."""
+    positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return model.base_model(input_ids=ids, attention_mask=None if attention.all() else attention, cache=cache,
+                            position_ids=positions, use_cache=cache is not None).last_hidden_state
+
+
+def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, L) and where they are real, by length: the pad token may well be the EOS token."""
     longest = max(map(len, sequences))
     ids, real = [], []
     for sequence in sequences:
         gap = [0] * (longest - len(sequence))
-        ids.append(gap + sequence if side == "left" else sequence + gap)
+        ids.append([*gap, *sequence] if side == "left" else [*sequence, *gap])
         real.append(gap + [1] * len(sequence) if side == "left" else [1] * len(sequence) + gap)
     return torch.tensor(ids, device=device), torch.tensor(real, dtype=torch.bool, device=device)
 
@@ -478,7 +497,7 @@ def top_k_with_tail(student: torch.Tensor, source: torch.Tensor, k: int) -> tupl
 
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
 
-# With one sampled token only: dD / d(log-prob of the token), up to a constant. Averaged over the student's samples,
+# With one sampled token only: dD / d(probability of the token), up to a constant. Averaged over the student's samples,
 # this times the gradient of the token's log-prob is the gradient of the divergence D.
 SAMPLED_SCORES = {
     "forward_kl": lambda student, source: -(source - student).exp(),
@@ -490,6 +509,8 @@ SAMPLED_SCORES = {
 # ------------------------------------------------------------------------------------------------------ 6. router
 
 class Regime(IntEnum):
+    """First letter: the gap, Low or High. Second: both sure (H) or not (L), as q_T + q_S is at least its average over
+    the batch or below it; where the gap is high, who is surer, Teacher or Student."""
     LH = 0      # low gap, both sure: a light touch of the privileged teacher
     LL = 1      # low gap, both unsure: a weak pull towards the privileged student
     HT = 2      # high gap, the teacher surer of the token: capability; the privileged teacher in full
@@ -512,7 +533,7 @@ def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Te
 
 
 def regimes_of(gap: torch.Tensor, q_teacher: torch.Tensor, q_student: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rule of `route`. A gap normalised by any affine map would give the same: only A < A_bar counts."""
+    """The rule of `route`. A gap normalised by any increasing affine map would give the same: only A < A_bar counts."""
     regimes = torch.full(mask.shape, -1, device=mask.device)
     if not mask.any():
         return regimes
@@ -529,11 +550,15 @@ def regimes_of(gap: torch.Tensor, q_teacher: torch.Tensor, q_student: torch.Tens
 
 # ----------------------------------------------------------------------------------------------------- 7. recipes
 
+SOURCES = ("teacher", "privileged_teacher", "student", "privileged_student")
+SUPPORTS = ("full", "top_k", "sampled")
+
+
 class Row(NamedTuple):
     """How the tokens of one regime are supervised."""
-    source: str                      # teacher, privileged_teacher, privileged_student
+    source: str                      # one of SOURCES
     objective: str                   # a key of DIVERGENCES
-    support: str                     # full, top_k, sampled
+    support: str                     # one of SUPPORTS
     weight: float | str | Callable   # a number, the name of a flag, or a function {policy: Scores} -> (N,)
 
 
@@ -551,10 +576,19 @@ def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: a table of rows, and a router that deals the tokens out to them. A regime without a row goes untrained."""
+    """A method: a table of rows, and a router that deals the tokens out to them. A regime without a row goes untrained.
+
+    Raises ValueError for a row with an unknown source, objective or support.
+    """
     rows: dict[IntEnum, Row]
     router: Callable | None = by_advantage_gap                            # {policy: Scores} -> regimes (N,)
-    router_reads: tuple = ("privileged_teacher", "privileged_student")    # the policies whose Scores it needs
+    router_reads: tuple = ("privileged_teacher", "privileged_student")    # whose Scores it and the weights get
+
+    def __post_init__(self):
+        for regime, row in self.rows.items():
+            for name, known in (("source", SOURCES), ("objective", DIVERGENCES), ("support", SUPPORTS)):
+                if getattr(row, name) not in known:
+                    raise ValueError(f"row {regime.name}: {name} {getattr(row, name)!r} is none of {', '.join(known)}")
 
     @property
     def policies(self) -> list[str]:
@@ -579,9 +613,9 @@ class Prefix(IntEnum):
 def by_evidence(scores: dict[str, Scores]) -> torch.Tensor:
     """Ours, not the paper's: does the completion up to a token still agree with the hint?
 
-    The teacher itself can tell: the log Bayes factor of the hint, the sum of log q_T(y | x, p, ...) - log q_T(y | x, ...)
-    over the tokens before. A student that cannot see the hint often contradicts it; from there on a teacher that
-    insists on it answers a question that is no longer asked.
+    The teacher itself can tell: the log Bayes factor of the hint, the sum over the tokens before of
+    log q_T(y | x, p, ...) - log q_T(y | x, ...). A student that cannot see the hint often contradicts it; from there
+    on a teacher that insists on it answers a question that is no longer asked.
     """
     hinted, plain = scores["privileged_teacher"], scores["teacher"]
     gain = (hinted.logp - plain.logp).double()                            # (N,)
@@ -640,7 +674,8 @@ def deal(recipe: Recipe, scores: dict[str, Scores], betas: dict[str, float], tok
     return regimes, weights
 
 
-def token_losses(row: Row, student: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor, top_k: int) -> torch.Tensor:
+def token_losses(row: Row, student: torch.Tensor, source: torch.Tensor, tokens: torch.Tensor,
+                 top_k: int) -> torch.Tensor:
     """One row of a recipe for n of its tokens: log-probs (n, V), tokens (n,) -> (n,), before the weight."""
     if row.support == "sampled":           # a surrogate: its gradient counts, its value is no divergence
         student, source = (logp.gather(1, tokens[:, None])[:, 0] for logp in (student, source))
@@ -656,12 +691,12 @@ def recipe_loss(recipe: Recipe, student, sources: dict, tokens: torch.Tensor, re
     losses, total = torch.zeros_like(weights), weights.new_zeros(())
     for regime, row in recipe.rows.items():
         for index in chunks((regimes == regime).nonzero()[:, 0], student.shape[1]):
-            def supervised(row=row, index=index):
+            def losses_here(row=row, index=index):
                 with torch.no_grad():
                     source = sources[row.source][index]                   # (n, V)
                 return token_losses(row, student[index], source, tokens[index], top_k)
 
-            loss = checkpoint(supervised, use_reentrant=False)            # nothing (n, V) waits for the backward pass
+            loss = checkpoint(losses_here, use_reentrant=False)           # nothing (n, V) waits for the backward pass
             losses[index] = loss.detach().to(losses.dtype)
             total = total + (weights[index] * loss).sum()
     return total, losses
@@ -674,7 +709,7 @@ def sequence_mean(mask: torch.Tensor) -> torch.Tensor:
 
 def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, torch.Tensor], tokens: torch.Tensor,
                       mask: torch.Tensor, *, top_k: int, **betas: float) -> torch.Tensor:
-    """Any recipe in one call: log-probs (B, T, V) of the student and of {policy: ...}, tokens and mask (B, T) -> scalar."""
+    """Any recipe in one call: log-probs (B, T, V) of student and {policy: of it}, tokens, mask (B, T) -> scalar."""
     sources = {name: logp[mask].detach() for name, logp in sources.items()}                  # (N, V)
     scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.router_reads}
     regimes, weights = deal(recipe, scores, betas, tokens[mask])
@@ -713,6 +748,12 @@ def prompts_of(policy: Policy, rows: list[dict]) -> list[list[int]]:
     return [row["hinted_ids" if policy.reads_hint else "prompt_ids"] for row in rows]
 
 
+def policies_of(student, reader, teacher) -> dict[str, Policy]:
+    """All that a recipe may name as a source; `reader` is who reads the hint in the student's place."""
+    return {"student": Policy(student, False), "privileged_student": Policy(reader, True),
+            "teacher": Policy(teacher, False), "privileged_teacher": Policy(teacher, True)}
+
+
 class Trainee:
     """The student, its AdamW, and the copy of it that reads the hint (the student itself if that is live)."""
 
@@ -721,8 +762,7 @@ class Trainee:
         self.adamw = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
         self.decay = config.ema_decay if config.privileged_student == "ema" else 1.0
         self.reader = student if live else copy.deepcopy(student).requires_grad_(False)
-        self.policies = {"student": Policy(student, False), "privileged_student": Policy(self.reader, True),
-                         "teacher": Policy(teacher, False), "privileged_teacher": Policy(teacher, True)}
+        self.policies = policies_of(student, self.reader, teacher)
 
     def clip(self) -> float:
         """Sums the gradient over the processes and clips it to norm 1; returns the norm it had."""
@@ -737,8 +777,9 @@ class Trainee:
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad()
-        for average, weight in zip(self.reader.parameters(), self.student.parameters()):
-            average.lerp_(weight, 1 - self.decay)                         # the live reader is the student: no change
+        if self.decay < 1:
+            for average, weight in zip(self.reader.parameters(), self.student.parameters()):
+                average.lerp_(weight, 1 - self.decay)
 
     def save(self, folder: Path, step: int, tokenizer) -> None:
         """A folder that plain transformers can load, and beside the model what training needs to go on."""
@@ -808,7 +849,7 @@ def sample(setup: Setup, student: Policy, rows: list[dict], place: tuple) -> lis
 
 
 def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict], lr: float, place: tuple) -> dict:
-    """One optimizer step on these rows (method.md, "One training step"). Returns its metrics."""
+    """One optimizer step on these rows, in the paper's order: sample, score, route, learn. Returns its metrics."""
     config, policies = setup.config, trainee.policies
 
     # 1. The student samples its own completions.
@@ -926,7 +967,9 @@ def supervised(model, tokenizer, draw: Callable, steps: int, lr: float, label: s
 def warm_start(task, role: str, config: Config, tokenizer, seed: int, held_out: set[str]):
     """The tiny teacher or student, taught by its author; cached under a hash of all that shaped it."""
     author = getattr(task, role)
-    code = [inspect.getsource(part) for part in (type(task), tiny_model, warm_start, supervised)]
+    parts = (type(task), wrap, with_hint, tiny_tokenizer, tiny_model, TokenLogProbs, score, hidden_states, pad,
+             supervised, warm_start)
+    code = [inspect.getsource(part) for part in parts]
     alone = replace(task, teacher=author, student=author)                # the other author has no part in it
     shaped_by = repr((alone, role, config.hint, config.hint_template, seed, sorted(held_out), code))
     folder = Path("runs/warm_start") / f"{role}-{hashlib.sha256(shaped_by.encode()).hexdigest()[:16]}"
@@ -1003,7 +1046,7 @@ def mean(values: list) -> float | None:
 def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -> list[dict]:
     """A few completions of validation prompts, and what DOPD's router says of every token of them."""
     set_seed("routed_rollouts")
-    rows = setup.splits["validation"][:64]
+    rows = setup.splits["validation"][:min(64, setup.config.micro_batch or 64)]
     tokens, mask = setup.rollout(policies["student"], rows)
     flat = tokens[mask]
     teacher, student = (scores_of(setup.score(policies[name], rows, tokens, mask), tokens, mask).logp
@@ -1101,7 +1144,7 @@ def draw_curves(rows: list[dict], file: Path) -> None:
             axis.plot(seeds.mean(), label=name)
             axis.fill_between(seeds.min().index, seeds.min(), seeds.max(), alpha=0.2)
         axis.set(title=title, xlabel="step")
-    axes[0].legend()
+    axes[1].legend()                       # entropy is there for every recipe, accuracy perhaps for none
     for axis, (name, of_recipe) in zip(axes[2:], routed.items()):
         of_step = of_recipe.groupby(steps.step).mean().dropna()
         regimes = [column.removeprefix("regime_share.") for column in of_step]
@@ -1117,7 +1160,8 @@ def tokens_in_ansi(rollouts: list[dict]) -> str:
     lines = []
     for shown in rollouts:
         tokens = (f"\033[30;{REGIMES[token['regime']][1]}m{token['token']}\033[0m" for token in shown["tokens"])
-        lines.append(f"  {shown['hint'] or 'no hint'} | {shown['prompt']}{''.join(tokens)}   reference {shown['answer']}")
+        hint, prompt, answer = shown["hint"] or "no hint", shown["prompt"], shown["answer"]
+        lines.append(f"  {hint} | {prompt}{''.join(tokens)}   reference {answer}")
     return "\n".join(lines)
 
 
@@ -1139,7 +1183,8 @@ def tokens_in_html(sections: dict[str, list[dict]]) -> str:
 <style>body{{font:15px/1.7 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;background:#fff}}
 pre{{white-space:pre-wrap;margin:.4em 0}}span{{padding:.1em .2em;border-radius:3px}}{style}</style>
 <h1>Tokens by regime</h1><p>Completions sampled without the hint, and what DOPD's router says of every token. Hover for
-q_T and q_S, its probability under the privileged teacher and the privileged student, and their gap A.</p><p>{legend}</p>
+q_T and q_S, its probability under the privileged teacher and the privileged student, and their gap A.</p>
+<p>{legend}</p>
 {"".join(body)}
 """
 
@@ -1184,6 +1229,8 @@ def new_folder(path: Path):
         fresh.rename(path)
     except Exception as error:             # PyTorch and safetensors report a full disk each in their own way
         shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
@@ -1203,8 +1250,8 @@ def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out
                 lines.append(json.dumps(row) + "\n")
                 in_vain = 0
             if in_vain == 10_000:
-                raise InputError(f"{folder}: the task seems to have only {len(seen)} prompts; make it longer, or ask for "
-                                 f"fewer rows")
+                raise InputError(f"{split}.jsonl: the task seems to have only {len(seen)} prompts; make it longer, or "
+                                 "ask for fewer rows")
         write_text(folder / f"{split}.jsonl", "".join(lines))
 
 
@@ -1214,7 +1261,7 @@ def read_rows(file: Path, form: str) -> list[dict]:
         raise InputError(f"{file}: no such file")
     if not file.read_bytes().strip():
         raise InputError(f"{file}: no rows; write a JSON object per line")
-    try:                                   # as text: the JSON loader makes dates of what looks like one, and names no row
+    try:                                   # as text: the JSON loader makes dates of texts, and names no row
         lines = datasets.load_dataset("text", data_files=str(file), split="train")["text"]
     except Exception as error:
         raise InputError(f"{file}: cannot be read ({first_line(error)}); write a JSON object per line") from None
@@ -1262,7 +1309,7 @@ def read_splits(path: Path, config: Config) -> dict[str, list[dict]]:
 
 def with_hint(row: dict, template: str) -> str:
     """What a privileged policy reads."""
-    return template.replace("{hint}", row["hint"]).replace("{prompt}", row["prompt"]) if row["hint"] else row["prompt"]
+    return re.sub(r"\{(hint|prompt)\}", lambda name: row[name[1]], template) if row["hint"] else row["prompt"]
 
 
 def encode(setup: Setup, path: Path, context: int) -> None:
@@ -1284,37 +1331,47 @@ def encode(setup: Setup, path: Path, context: int) -> None:
             row["max_new_tokens"] = longest
             length = max(len(row["prompt_ids"]), len(row["hinted_ids"])) + longest
             if length > context:
-                raise InputError(f"{where}: {length} tokens with hint and completion, the models take {context}; shorten "
-                                 "it or lower --max_new_tokens")
+                raise InputError(f"{where}: {length} tokens with hint and completion, the models take {context}; "
+                                 "shorten it or lower --max_new_tokens")
             if setup.tokenizer.unk_token_id in row["hinted_ids"] + row["answer_ids"]:
                 raise InputError(f"{where}: has a character that the tokenizer does not know; leave it out")
             try:
                 grades = setup.task.grade(row, [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS])
             except (IndexError, ValueError):
-                raise InputError(f"{where}: no problem of --task {setup.config.task}; mend it, or take other --data") from None
+                raise InputError(f"{where}: no problem of --task {setup.config.task}; mend it, or take other "
+                                 "--data") from None
             row["reachable"] = all(grade.kind != "unlearnable" for grade in grades)
 
 
 def load_pair(config: Config):
     """Tokenizer, teacher and student from the Hugging Face hub or from disk; one vocabulary, or InputError."""
     tokenizers, pair = [], []
-    for role in ("teacher", "student"):
-        name = getattr(config, role)
+    for name in (config.teacher, config.student):
+        where = f"--student {name}" if name == config.student else f"--teacher {name}"
         try:
             tokenizers.append(AutoTokenizer.from_pretrained(name))
             pair.append(AutoModelForCausalLM.from_pretrained(name))
         except Exception as error:
-            raise InputError(f"--{role} {name}: cannot be loaded ({first_line(error)})") from None
-        check_model(pair[-1], f"--{role} {name}")
+            raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
+        check_model(pair[-1], where)
+        words, height = vocabulary_size(tokenizers[-1]), pair[-1].get_input_embeddings().num_embeddings
+        if words > height:
+            raise InputError(f"{where}: its tokenizer has {words} tokens, more than its embedding table ({height}); "
+                             "take the tokenizer of the checkpoint")
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise InputError(f"--teacher {config.teacher} --student {config.student}: different vocabularies "
                          f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens); take two that share a tokenizer")
     return tokenizers[1], *pair
 
 
+def vocabulary_size(tokenizer) -> int:
+    """Embedding tables may be padded beyond it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 @torch.no_grad()
 def check_model(model, where: str) -> None:
-    """Refuses weights that are no numbers, and models whose logits are not their head applied to the last hidden state."""
+    """Refuses weights that are no numbers, and models whose logits are not their head applied to the last states."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(f"{where}: the weight {name} is not finite; take another checkpoint")
@@ -1325,56 +1382,68 @@ def check_model(model, where: str) -> None:
 
 
 def prepare(config: Config, seed: int, task=None) -> tuple:
-    """The setup, the teacher and the untrained student of one seed."""
+    """The setup, the teacher and the untrained student of one seed. A task given here needs config.data of its own."""
     task = task or (Text(config.answer_regex) if config.teacher else TASKS[config.task])
     path = Path(config.data) if config.data else Path(__file__).resolve().parent / "tiny_tasks" / config.task
     if not config.data and not path.exists():
-        write_task(task, path)
+        with new_folder(path) as fresh:
+            write_task(task, fresh)
     splits = read_splits(path, config)
     if config.teacher:
         tokenizer, teacher, student = load_pair(config)
     else:
         tokenizer = tiny_tokenizer()
         held_out = {row["prompt"] for split, rows in splits.items() if split != "train" for row in rows}
-        teacher, student = (warm_start(task, role, config, tokenizer, seed, held_out) for role in ("teacher", "student"))
+        teacher, student = (warm_start(task, role, config, tokenizer, seed, held_out)
+                            for role in ("teacher", "student"))
     teacher.to(config.device, getattr(torch, config.dtype)).eval()
     student.to(config.device, torch.float64 if config.dtype == "float64" else torch.float32).eval()
     if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
+        student.activation_checkpointing_enable()
     eos = student.generation_config.eos_token_id
     eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    vocabulary = max(tokenizer.get_vocab().values()) + 1                  # embedding tables may be padded beyond it
-    if vocabulary > min(model.get_input_embeddings().num_embeddings for model in (teacher, student)):
-        raise InputError(f"--student {config.student}: its tokenizer has {vocabulary} tokens, more than an embedding table; "
-                         "take the tokenizer of the checkpoint")
-    setup = Setup(config, task, tokenizer, splits, vocabulary, eos_ids)
+    setup = Setup(config, task, tokenizer, splits, vocabulary_size(tokenizer), eos_ids)
     encode(setup, path, min(model.config.max_position_embeddings for model in (teacher, student)))
     return setup, teacher.requires_grad_(False), student
 
 
-def run(config: Config, task=None) -> "Log":
-    """Every recipe from the same student, for every seed, then the report. All that happens is in the log."""
+def run(config: Config) -> "Log":
+    """Every recipe from the same student, for every seed, then the report. All that happens is in the log.
+
+    Writes to config.out, and fills that in where it is empty. Raises InputError.
+    """
+    config.out = config.out or free_folder(config)
+    nearest = next(folder for folder in (Path(config.out), *Path(config.out).absolute().parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise InputError(f"--out {config.out}: cannot be written, because of {nearest}; take another folder")
     log = Log(Path(config.out) / "metrics.jsonl")
     # bfloat16 is for the matrix products: at lr 5e-6 a weight kept in bfloat16 would round every step away. No cache:
     # it would go on serving the weights of before the step.
     with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16",
                         cache_enabled=False):
         for seed in config.seeds:
-            run_seed(config, task, seed, log)
+            run_seed(config, seed, log)
     if is_main():
         report(log, Path(config.out))
     return log
 
 
-def run_seed(config: Config, task, seed: int, log: "Log") -> None:
+def free_folder(config: Config) -> str:
+    name = Path(config.data).stem if config.data else f"{config.task}-{config.hint}"
+    taken = {path.name for path in Path("runs").glob(f"{name}*")}
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return "runs/" + next(free for free in (name, *numbered) if free not in taken)
+
+
+def run_seed(config: Config, seed: int, log: "Log") -> None:
     folder = Path(config.out)
-    setup, teacher, untrained = prepare(config, seed, task)
-    if is_main() and not (folder / "config.json").exists():               # nothing is written before the input proves good
+    setup, teacher, untrained = prepare(config, seed)
+    if is_main() and not (folder / "config.json").exists():               # nothing is written before the input is good
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     for name, model in (("student before", untrained), ("teacher", teacher)):
         if not log.tested(name, seed):
-            log.write(recipe=name, seed=seed, **final_tests(setup, Trainee(model, teacher, config).policies))
+            log.write(recipe=name, seed=seed, **final_tests(setup, policies_of(model, model, teacher)))
     for name in config.recipe if not config.eval_only else ():
         place = folder / f"{name}-seed{seed}"
         if not log.tested(name, seed):
@@ -1423,18 +1492,19 @@ def parse(argv: list[str]) -> Config:
                     epilog=f"tasks: {', '.join(TASKS)}\nrecipes: {', '.join(RECIPES)}")
     config = Config(**vars(parser.parse_args(argv)))
     if config.resume:
+        given = {word.split("=")[0] for word in argv if word.startswith("--")}
+        others = given - {"--resume", "--micro_batch"}
+        if others:
+            others = ", ".join(sorted(others))
+            raise InputError(f"--resume {config.resume}: keeps the flags of that run; leave out {others}")
+        changes = {"out": config.resume} | ({"micro_batch": config.micro_batch} if "--micro_batch" in given else {})
         file = Path(config.resume) / "config.json"
         try:
-            return Config(**json.loads(file.read_text()) | {"out": config.resume})
+            return Config(**json.loads(file.read_text()) | changes)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--resume {config.resume}: holds no run to go on with ({first_line(error)})") from None
     if config.out and (Path(config.out) / "config.json").exists():
         raise InputError(f"--out {config.out}: holds a run already; take another folder, or --resume {config.out}")
-    name = Path(config.data).stem if config.data else f"{config.task}-{config.hint}"
-    taken = {path.name for path in Path("runs").glob(f"{name}*")}
-    free = next(other for other in (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
-                if other not in taken)
-    config.out = config.out or f"runs/{free}"
     return config
 
 
@@ -1468,16 +1538,18 @@ def main(argv: list[str]) -> int:
         print(f"dopd.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dopd.py: {error.filename or (config and config.out)}: {error.strerror}; make room, or take another --out",
-              file=sys.stderr)
+        where = error.filename or (config and config.out)
+        print(f"dopd.py: {where}: {error.strerror}; make room, or take another --out" if error.strerror
+              else f"dopd.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print(f"dopd.py: --device {config.device}: out of memory; lower --micro_batch, which changes nothing else, and "
-              f"--resume {config.out}", file=sys.stderr)
+        print(f"dopd.py: --device {config.device}: out of memory; go on with --resume {config.out} --micro_batch and "
+              "a lower number", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        begun = config and (Path(config.out) / "config.json").exists()
-        print("\ninterrupted" + (f": python dopd.py --resume {config.out}" if begun else ""), file=sys.stderr)
+        begun = config and config.out and (Path(config.out) / "config.json").exists()
+        program = f"python {Path(sys.argv[0]).name}"
+        print("\ninterrupted" + (f"; go on with {program} --resume {config.out}" if begun else ""), file=sys.stderr)
         return 130
     print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
     return 0

@@ -161,6 +161,9 @@ def names(regimes):
     return [dopd.Regime(regime).name for regime in regimes.tolist()]
 
 
+SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+
+
 def tiny_model(family="qwen3", words=12, seed=0):
     """With large random weights, so that every token of the context changes the next one's probabilities."""
     torch.manual_seed(seed)
@@ -168,7 +171,8 @@ def tiny_model(family="qwen3", words=12, seed=0):
         config = GPT2Config(vocab_size=words, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4)
     else:
         config = Qwen3Config(vocab_size=words, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-                             num_attention_heads=2, num_key_value_heads=2, initializer_range=0.4)
+                             num_attention_heads=2, num_key_value_heads=2, initializer_range=0.4,
+                             **SLIDING if family == "sliding" else {})
     return AutoModelForCausalLM.from_config(config).double().eval()
 
 
@@ -393,6 +397,14 @@ def test_every_recipe_goes_through_the_same_engine(name):
     assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("field, value", [("source", "privileged"), ("objective", "kl"), ("support", "topk")])
+def test_a_recipe_with_a_misspelt_row_is_refused(field, value):
+    """Else a support that nobody knows would train on the full one."""
+    row = dopd.RECIPES["dopd"].rows[dopd.Regime.HT]
+    with pytest.raises(ValueError, match=f"HT.*{value}"):
+        dopd.Recipe({dopd.Regime.HT: row._replace(**{field: value})})
+
+
 def test_the_engine_knows_no_recipe_by_name():
     policies = {"teacher", "privileged_teacher", "privileged_student"}    # two of which are recipes as well
     for part in (dopd.token_losses, dopd.deal, dopd.recipe_loss, dopd.distillation_loss, dopd.distill_step):
@@ -489,6 +501,25 @@ def test_score_is_that_of_every_sequence_alone(family):
         torch.testing.assert_close(logp, torch.cat(expected))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "sliding"])
+def test_completions_may_share_their_prompt(family):
+    """Values and gradients, as if every row read its prompt itself; catches rows that get another row's prompt."""
+    model = tiny_model(family)
+    prompts, written = [[3, 0, 5, 1], [7], [3, 0, 5, 1], [7], [0, 2]], [[4, 5, 0], [6, 0], [1, 2, 3, 4], [0], [5]]
+    tokens = pad_sequence([torch.tensor(ids) for ids in written], batch_first=True)
+    mask = torch.arange(4) < torch.tensor([3, 2, 4, 1, 1])[:, None]
+    read, forward = [], model.base_model.forward
+    model.base_model.forward = lambda **inputs: read.append(inputs["input_ids"].numel()) or forward(**inputs)
+    logp = dopd.score(model, prompts, tokens, mask, 12)[:]
+    assert sum(read) == 3 * 3 + 5 * 4                                     # not 5 x 7: two prompts are read once
+    weights = torch.rand(logp.shape, dtype=torch.float64)
+    shared = torch.autograd.grad((logp * weights).sum(), list(model.parameters()))
+    model.base_model.forward = forward
+    expected = torch.cat([direct(model, *pair, 12) for pair in zip(prompts, written)])
+    alone = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    torch.testing.assert_close((logp, *shared), (expected, *alone), rtol=1e-5, atol=1e-4)   # Qwen3 norms in float32
+
+
 @pytest.mark.parametrize("chain, eos_ids, longest, written", [
     ([1, 2, 3, 0, 5, 6], [0], 6, [[2, 3, 0], [3, 0], [0]]),               # up to the first EOS and no further
     ([1, 2, 3, 0, 5, 6], [0], 2, [[2, 3], [3, 0], [0]]),                  # cut after two tokens: no EOS made up
@@ -565,6 +596,14 @@ K_LAW = {"1": 0.4, "4": 0.3, "6": 0.2, "9": 0.1}
 SIMPLIFY_ROW = {"prompt": "1+2+3=", "answer": "3+3=6"}    # 1+5=6 is as good
 
 
+def assert_graded(task, row, completion, right, kinds):
+    """The type of every token, in capital letters where it is wrong; returns the laws."""
+    assert task.check(row, completion) is right
+    grades = task.grade(row, [*completion, dopd.EOS])
+    assert " ".join(grade.kind if grade.correct else grade.kind.upper() for grade in grades) == kinds
+    return [grade.law for grade in grades]
+
+
 @pytest.mark.parametrize("completion, right, kinds", [                    # capital letters: the token is wrong
     ("967314", True, "recall execute recall execute unlearnable execute stop"),
     ("977415", False, "recall EXECUTE recall execute unlearnable execute stop"),       # after the slip all is right
@@ -572,10 +611,8 @@ SIMPLIFY_ROW = {"prompt": "1+2+3=", "answer": "3+3=6"}    # 1+5=6 is as good
     ("967", False, "recall execute recall EXECUTE"),
     ("9673145", False, "recall execute recall execute unlearnable execute STOP STOP")])
 def test_rules_check_and_grades(completion, right, kinds):
-    assert RULES.check(RULES_ROW, completion) is right
-    grades = RULES.grade(RULES_ROW, [*completion, dopd.EOS])
-    assert " ".join(grade.kind if grade.correct else grade.kind.upper() for grade in grades) == kinds
-    assert [grade.law for grade in grades] == [K_LAW if grade.kind == "unlearnable" else {} for grade in grades]
+    laws = assert_graded(RULES, RULES_ROW, completion, right, kinds)
+    assert laws == [K_LAW if kind.lower() == "unlearnable" else {} for kind in kinds.split()]
 
 
 @pytest.mark.parametrize("completion, right, kinds", [
@@ -587,10 +624,8 @@ def test_rules_check_and_grades(completion, right, kinds):
     ("3+3=66", False, "choice copy copy copy execute STOP OTHER"),
     ("3+3=", False, "choice copy copy copy EXECUTE")])
 def test_simplify_check_and_grades(completion, right, kinds):
-    assert SIMPLIFY.check(SIMPLIFY_ROW, completion) is right
-    grades = SIMPLIFY.grade(SIMPLIFY_ROW, [*completion, dopd.EOS])
-    assert " ".join(grade.kind if grade.correct else grade.kind.upper() for grade in grades) == kinds
-    assert [grade.law for grade in grades] == [{"1": 0.5, "3": 0.5}] + [{}] * (len(grades) - 1)
+    laws = assert_graded(SIMPLIFY, SIMPLIFY_ROW, completion, right, kinds)
+    assert laws == [{"1": 0.5, "3": 0.5}] + [{}] * (len(laws) - 1)
 
 
 def test_hints_of_rules_agree_with_the_answer():
@@ -960,9 +995,52 @@ def test_a_kill_at_any_change_of_the_disk(moment, monkeypatch, uninterrupted):
 def test_going_on_after_ctrl_c(monkeypatch, capsys, uninterrupted):
     rows = uninterrupted(ONE)
     assert go_until(5, f"{ONE} --out run", monkeypatch) == 130
-    command = re.search(r"python dopd.py (.*)", capsys.readouterr().err.splitlines()[-1]).group(1)
+    command = re.search(r"go on with python \S+ (.*)", capsys.readouterr().err.splitlines()[-1]).group(1)
     assert command == "--resume run" and go(command) == 0
     assert rows_of("run") == rows
+
+
+@small
+def test_going_on_with_smaller_micro_batches(monkeypatch):
+    """The way out of a GPU that is full; every other flag stays that of the run."""
+    assert go_until(5, f"{ONE} --out run", monkeypatch) == 130
+    sizes, rollout = set(), dopd.rollout
+    monkeypatch.setattr(dopd, "rollout", lambda model, prompts, *rest: sizes.add(len(prompts)) or rollout(
+        model, prompts, *rest))
+    assert go("--resume run --micro_batch 2") == 0 and sizes == {2}
+
+
+@small
+def test_a_run_from_python_finds_its_own_folder():
+    """With the defaults that the command line has: nothing lands in the folder where it was started."""
+    for folder in ("runs/rows", "runs/rows-2"):
+        dopd.run(dopd.Config(batch_size=2, rollouts=2, steps=1, eval_prompts=2, data="rows", recipe=["dopd"]))
+        assert {path.name for path in Path(folder).iterdir()} >= {"config.json", "metrics.jsonl", "tokens.html"}
+    assert {path.name for path in Path().iterdir()} <= {"rows", "runs", "cache"}
+
+
+@small
+def test_a_task_that_runs_out_of_prompts_leaves_nothing_behind(monkeypatch, capsys):
+    """And what it would have left is not taken for the data of the task by the next run."""
+    monkeypatch.setattr(dopd, "__file__", str(Path("fork/dopd.py").resolve()))
+    monkeypatch.setitem(dopd.TASKS, "short", replace(dopd.TASKS["rules"], length=1))
+    assert go("--task short") == 2
+    assert "prompts" in capsys.readouterr().err and not list(Path().rglob("*short*"))
+
+
+@small
+def test_a_task_whose_source_cannot_be_read(capsys, monkeypatch):
+    """One that was typed into an interpreter has no file: the warm start cannot be kept under what shaped it."""
+    names = {"Rules": dopd.Rules, "__name__": "__main__"}
+    exec("class Typed(Rules): pass", names)
+    monkeypatch.setitem(dopd.TASKS, "typed", names["Typed"]())
+    assert go("--task typed --data rows") == 2
+    assert "None" not in capsys.readouterr().err
+
+
+def test_a_hint_may_hold_the_name_of_a_prompt():
+    row = {"prompt": "add {hint}", "hint": "the {prompt}"}
+    assert dopd.with_hint(row, "{prompt} ({hint})") == "add {hint} (the {prompt})"
 
 
 @small
@@ -1343,7 +1421,8 @@ BAD = [                                                       # flags, and what 
     *((f"{PAIR} --student {folder}", f"--student {folder}") for folder in (
         "nowhere/model", "M/cut", "M/no_words", "M/no_config", "M/nan", "good.jsonl")),
     (f"{PAIR} --teacher M/nan", "--teacher M/nan"), (f"{PAIR} --student M/other_words", "M/other_words vocabular"),
-    ("--eval_only --student M/nan --data good.jsonl", "M/nan"),
+    ("--eval_only --student M/nan --data good.jsonl", "--student M/nan"),
+    ("--resume run --lr 1e-3", "--resume run --lr"), ("--resume=run --steps=9", "--resume run --steps"),
     ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data M", "train.jsonl"), ("--data few.jsonl", "few.jsonl"),
     ("--data bytes.jsonl", "bytes.jsonl"), ("--data good.jsonl --hint_template {hint}#{prompt}", "good.jsonl 3a="),
     *((f"--data {name}.jsonl", f"{name}.jsonl {says}") for name, (_, says) in BAD_FILES.items()),
