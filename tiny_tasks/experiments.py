@@ -534,30 +534,51 @@ def differences(frame) -> str:
     return "Exact match, paired over the seeds:\n\n" + markdown(["recipe", *(f"minus {name}" for name in others)], lines)
 
 
-def panels(frame, by: str):
-    """One axis for each value of a label."""
-    parts = list(frame.groupby(by, sort=False))
-    figure, axes = pyplot.subplots(1, len(parts), figsize=(4.2 * len(parts), 3.8), layout="constrained", squeeze=False,
-                                   sharey=True)
-    return figure, [(axis, name, part) for axis, (name, part) in zip(axes[0], parts)]
-
-
 def save(figure, file: Path) -> None:
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
+def bars(labels: list[str], columns: list[str], across: str = "") -> Callable:
+    """A figure: a bar per mean with a line of one standard deviation; colours are the values of `across`, or columns."""
+    def draw(frame, file):
+        rows = [name for name in labels if name != across]
+        if across:
+            seeds = frame.groupby([*rows, across], sort=False, dropna=False)[columns[0]]
+            means, spreads = (values.unstack(sort=False) for values in (seeds.mean(), seeds.std()))
+        else:
+            seeds = frame.groupby(rows, sort=False, dropna=False)[columns]
+            means, spreads = seeds.mean(), seeds.std()
+        figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.18 * means.size + 0.12 * len(means)), layout="constrained")
+        means.plot.barh(ax=axis, xerr=spreads.fillna(0), width=0.8, legend=means.shape[1] > 1, error_kw={"lw": 1})
+        axis.set(title=columns[0] if means.shape[1] == 1 or across else "", ylabel="")
+        axis.invert_yaxis()
+        if len(rows) > 1:
+            axis.set_yticklabels(", ".join(f"{name} {value}" for name, value in zip(rows, values)) for values in means.index)
+        save(figure, file)
+    return draw
+
+
 def lines_over(x: str, y: str = "exact match", panel: str = "", log: bool = False) -> Callable:
     """A figure: y over the values of a label, a line per recipe with a bar of one standard deviation."""
     def draw(frame, file):
-        figure, parts = panels(frame if panel else frame.assign(**{panel: y}), panel)
-        for axis, name, part in parts:
+        parts = list(frame.groupby(panel, sort=False)) if panel else [(y, frame)]
+        across = min(3, len(parts))
+        down = math.ceil(len(parts) / across)
+        figure, axes = pyplot.subplots(down, across, figsize=(1 + 4 * across, 3.6 * down), layout="constrained",
+                                       squeeze=False, sharey=True)
+        for axis, (name, part) in zip(axes.flat, parts):
             for recipe, of_recipe in part.groupby("recipe", sort=False):
                 seeds = of_recipe.groupby(x, sort=False)[y]
-                places = seeds.mean().index if log else list(map(str, seeds.mean().index))
-                axis.errorbar(places, seeds.mean(), seeds.std().fillna(0), label=recipe, marker="o", capsize=3)
-            axis.set(title=name, xlabel=x if panel != "dial" else "", ylabel=y, xscale="log" if log else "linear")
-        parts[0][0].legend(fontsize=8)
+                axis.errorbar(seeds.mean().index, seeds.mean(), seeds.std().fillna(0), label=recipe, marker="o",
+                              capsize=3)
+            values = sorted(set(part[x]))
+            axis.set(title=name, xlabel="" if panel else x, ylabel=y, xscale="log" if log else "linear", xticks=values,
+                     xticklabels=map("{:g}".format, values))
+            axis.minorticks_off()
+            axis.label_outer()
+            axis.tick_params(labelbottom=True)
+        axes.flat[0].legend(fontsize=8)
         save(figure, file)
     return draw
 
@@ -727,7 +748,8 @@ def continual(seeds):
     """`rules`, then `simplify`, each by the same method: what is kept, what is got; and the task not trained on."""
     cells = [cell(name, seed, task="both", stages=("rules", "simplify"))
              for name in offered("vanilla", "dopd", "privileged_teacher", "sft", "evidence") for seed in seeds]
-    return Plan(cells, [f"{task} after {stage}" for task in dopd.TASKS for stage in ("before", "rules", "simplify")])
+    columns = [f"{task} after {stage}" for task in dopd.TASKS for stage in ("before", "rules", "simplify")]
+    return Plan(cells, columns, figure=bars(["recipe"], columns))
 
 
 @experiment()
@@ -796,7 +818,7 @@ def audit_figure(frame, file: Path) -> None:
             total = part.groupby("step")["count"].sum()
             axis.stackplot(table.index, (table.div(total, axis=0)).T, labels=kinds, colors=pyplot.cm.tab20.colors)
             axis.set(title=f"{task}, {recipe}: {regime.name}", xlabel="step", ylabel="share of all tokens")
-        axis_row[0].legend(fontsize=6, loc="upper left")
+        axis_row[1].legend(fontsize=8, loc="upper right")             # LL, which has the most room
     save(figure, file)
 
 
@@ -893,7 +915,7 @@ def lengths(seeds):
                   for name in ("student before", "teacher", "vanilla", "privileged_teacher", "dopd")
                   for seed in seeds[:count]]
     return Plan(cells, ["recall", "execute", "exact match", "entropy", "nll minus best"], "length",
-                lines_over("length", "recall"))
+                lines_over("length", "recall", log=True))
 
 
 # ------------------------------------------------------------------------------------------------ 7. measurements
@@ -1178,8 +1200,12 @@ def write_results(name: str, seeds: list[int], plan: Plan, results: dict[str, di
     text = tabulate(frame, list(plan.cells[0][0]), columns, plan.across)
     text += "\n" + plan.more(frame) if plan.more else ""
     publish(name, seeds, sum(seconds.values()), rows, text)
-    if plan.figure:
-        plan.figure(frame, RESULTS / f"{name}.png")
+    draw(name, plan, frame)
+
+
+def draw(name: str, plan: Plan, frame: pandas.DataFrame) -> None:
+    figure = plan.figure or bars(list(plan.cells[0][0]), plan.columns[:1], plan.across)
+    figure(frame, RESULTS / f"{name}.png")
 
 
 def publish(name: str, seeds: list[int], seconds: float, rows: list[dict], text: str) -> None:
@@ -1198,8 +1224,10 @@ def publish(name: str, seeds: list[int], seconds: float, rows: list[dict], text:
 
 def fill_in(name: str, text: str) -> None:
     """Puts a text into its place in the README files: all of it, or its first table."""
+    blocks = text.strip().split("\n\n")
+    first = next((block for block in blocks if block.startswith("|")), blocks[0])
     for readme, (place, part) in product((RESULTS / "README.md", ROOT / "README.md"),
-                                         ((name, text.strip()), (f"{name} table", text.strip().split("\n\n")[0]))):
+                                         ((name, text.strip()), (f"{name} table", first))):
         start, end = f"<!-- {place} -->\n", f"<!-- /{place} -->"
         page = readme.read_text() if readme.exists() else ""
         if start in page and end in page:
