@@ -2,7 +2,7 @@
 
 A student samples its own answers, and a stronger teacher grades every token of them. In training both may read a
 hint that the deployed student will never see. Token by token DOPD asks whether the student, could it read the hint
-too, would agree with the teacher. If so, a light touch is enough; if not, the surer of the two becomes the source.
+too, would agree with the teacher. Where it would, a light touch is enough; where the two differ, the surer one teaches.
 
     python dopd.py                                     # the CPU experiment: minutes, then look into runs/
     python dopd.py --task simplify --recipe vanilla dopd --seeds 0 1 2
@@ -14,9 +14,11 @@ end, without padding. Logarithms are natural, so every divergence, entropy and g
 """
 
 import copy
+import glob
 import hashlib
 import html
 import inspect
+import itertools
 import json
 import math
 import os
@@ -44,8 +46,8 @@ from matplotlib import pyplot
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
-                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig,
+                          HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 from transformers.utils import logging as transformers_logging
 
 matplotlib.use("Agg")                 # draws into files, needs no screen
@@ -71,7 +73,7 @@ class Config:
     """Every flag of the command line. The defaults are the CPU experiment."""
 
     task: str = flag("rules", "synthetic task of the tiny policies")
-    hint: HintForm = flag("steps", "what the hint gives away; steps: what to do, not what comes out")
+    hint: HintForm = flag("steps", "what the hint gives away: how it ends, all of it, what to do at each step, a sum, nothing")
     recipe: list[str] = flag(["vanilla", "privileged_teacher", "privileged_student", "dopd"],
                              "one or more recipes, each trained from the same student")
     seeds: list[int] = flag([0], "one or more seeds; each has its own warm start, rollouts and order of the data")
@@ -129,8 +131,9 @@ class Config:
             if not 0 <= seed < 2**32:
                 raise InputError(f"--seeds {seed}: must be between 0 and {2**32 - 1}")
         for name, value, known in [("task", self.task, TASKS), *(("recipe", name, RECIPES) for name in self.recipe)]:
-            if value not in known:
-                raise InputError(f"--{name} {value}: there is none of this name, only {', '.join(known)}")
+            if value not in known or value in UNTRAINED:
+                raise InputError(f"--{name} {value}: there is none of this name, only {', '.join(known)}; for one of "
+                                 "your own, start the script that adds it")
         if self.eval_only and self.student:
             self.teacher = self.teacher or self.student
         if bool(self.teacher) != bool(self.student):
@@ -375,12 +378,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=EOS, unk_token="<unk>")
 
 
+TINY_CONTEXT = 128                   # tokens
+
+
 def tiny_model(author: Author, tokenizer) -> Qwen3ForCausalLM:
     """A Qwen3, the paper's architecture, of a few hundred thousand parameters."""
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=author.width, intermediate_size=3 * author.width,
         num_hidden_layers=author.layers, num_attention_heads=4, num_key_value_heads=4, head_dim=author.width // 4,
-        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None,
+        max_position_embeddings=TINY_CONTEXT, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
@@ -550,8 +556,13 @@ def regimes_of(gap: torch.Tensor, q_teacher: torch.Tensor, q_student: torch.Tens
 
 # ----------------------------------------------------------------------------------------------------- 7. recipes
 
+class Everywhere(IntEnum):
+    ALL = 0     # of a recipe without a router
+
+
 SOURCES = ("teacher", "privileged_teacher", "student", "privileged_student")
 SUPPORTS = ("full", "top_k", "sampled")
+BETAS = ("beta_light", "beta_weak")
 
 
 class Row(NamedTuple):
@@ -578,7 +589,7 @@ def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
 class Recipe:
     """A method: a table of rows, and a router that deals the tokens out to them. A regime without a row goes untrained.
 
-    Raises ValueError for a row with an unknown source, objective or support.
+    Raises ValueError for a name that it does not know.
     """
     rows: dict[IntEnum, Row]
     router: Callable | None = by_advantage_gap                            # {policy: Scores} -> regimes (N,)
@@ -589,15 +600,17 @@ class Recipe:
             for name, known in (("source", SOURCES), ("objective", DIVERGENCES), ("support", SUPPORTS)):
                 if getattr(row, name) not in known:
                     raise ValueError(f"row {regime.name}: {name} {getattr(row, name)!r} is none of {', '.join(known)}")
+            if isinstance(row.weight, str) and row.weight not in BETAS:
+                raise ValueError(f"row {regime.name}: weight {row.weight!r} is none of {', '.join(BETAS)}")
+        if not set(self.router_reads) <= set(SOURCES):
+            raise ValueError(f"router_reads {self.router_reads}: only {', '.join(SOURCES)}")
+        if self.router is None and set(self.rows) != {Everywhere.ALL}:
+            raise ValueError("without a router all tokens are of one regime, Everywhere.ALL")
 
     @property
     def policies(self) -> list[str]:
         """All who are asked about every token."""
         return sorted({row.source for row in self.rows.values()} | set(self.router_reads))
-
-
-class Everywhere(IntEnum):
-    ALL = 0
 
 
 def uniform(*row) -> Recipe:
@@ -708,11 +721,12 @@ def sequence_mean(mask: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, torch.Tensor], tokens: torch.Tensor,
-                      mask: torch.Tensor, *, top_k: int, **betas: float) -> torch.Tensor:
+                      mask: torch.Tensor, *, top_k: int, beta_light: float = 0.6,
+                      beta_weak: float = 0.3) -> torch.Tensor:
     """Any recipe in one call: log-probs (B, T, V) of student and {policy: of it}, tokens, mask (B, T) -> scalar."""
     sources = {name: logp[mask].detach() for name, logp in sources.items()}                  # (N, V)
     scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.router_reads}
-    regimes, weights = deal(recipe, scores, betas, tokens[mask])
+    regimes, weights = deal(recipe, scores, {"beta_light": beta_light, "beta_weak": beta_weak}, tokens[mask])
     return recipe_loss(recipe, student[mask], sources, tokens[mask], regimes, weights * sequence_mean(mask), top_k)[0]
 
 
@@ -878,12 +892,12 @@ def distill_step(setup: Setup, recipe: Recipe, trainee: Trainee, rows: list[dict
         here = slice(start, start + int(part[2].sum()))
         trainee.student.train(config.gradient_checkpointing)              # which transformers does in this mode only
         student_logp = setup.score(policies["student"], *part)
-        trainee.student.eval()
         of_sources = {name: of_parts[number] for name, of_parts in sources.items()}
         loss, losses[here] = recipe_loss(recipe, student_logp, of_sources, tokens[here], regimes[here], weights[here],
                                          config.top_k)
         if loss.requires_grad:                                            # else none of its tokens has a row
             loss.backward()
+        trainee.student.eval()
         entropies[here] = scores_of(student_logp, *part[1:]).entropy
         start = here.stop
 
@@ -936,7 +950,7 @@ def train(setup: Setup, name: str, recipe: Recipe, seed: int, student, teacher, 
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "not_finite.json", json.dumps({"step": step, "batch": error.args[0]}) + "\n")
                 raise InputError(f"{name}, seed {seed}, step {step}: the loss is not finite; its batch is in {folder}/"
-                                 f"not_finite.json, the last checkpoint is intact; try a lower --lr") from None
+                                 "not_finite.json, the checkpoints are as they were; try a lower --lr") from None
             metrics["seconds"] = time.perf_counter() - started
             if step % config.eval_every == 0 or step == config.steps:
                 metrics["validation"] = evaluate(setup, trainee.policies["student"], "validation")
@@ -965,10 +979,10 @@ def supervised(model, tokenizer, draw: Callable, steps: int, lr: float, label: s
 
 
 def warm_start(task, role: str, config: Config, tokenizer, seed: int, held_out: set[str]):
-    """The tiny teacher or student, taught by its author; cached under a hash of all that shaped it."""
+    """The tiny teacher or student, taught by its author; cached under a hash of its settings and its code."""
     author = getattr(task, role)
     parts = (type(task), wrap, with_hint, tiny_tokenizer, tiny_model, TokenLogProbs, score, hidden_states, pad,
-             supervised, warm_start)
+             supervised, cosine, warm_start)
     code = [inspect.getsource(part) for part in parts]
     alone = replace(task, teacher=author, student=author)                # the other author has no part in it
     shaped_by = repr((alone, role, config.hint, config.hint_template, seed, sorted(held_out), code))
@@ -1027,13 +1041,13 @@ def evaluate(setup: Setup, policy: Policy, split: str, samples: int = 4) -> dict
                 text = setup.tokenizer.decode(ids, skip_special_tokens=True)
                 exact.append(stopped[-1] and setup.task.check(row, text))
             grades += setup.task.grade(row, setup.tokenizer.convert_ids_to_tokens(ids))
-        for grade in grades:
+        for i, grade in enumerate(grades):
             right[grade.kind].append(grade.correct)
-        for i in [i for i, grade in enumerate(grades) if grade.law]:
-            shares = torch.tensor(list(grades[i].law.values()))
-            ids = setup.tokenizer.convert_tokens_to_ids(list(grades[i].law))
-            nll.append(-(shares * logp[i][ids].cpu()).sum().item())
-            nll_best.append(-(shares * shares.log()).sum().item())
+            if grade.law:
+                shares = torch.tensor(list(grade.law.values()))
+                ids = setup.tokenizer.convert_tokens_to_ids(list(grade.law))
+                nll.append(-(shares * logp[i][ids].cpu()).sum().item())
+                nll_best.append(-(shares * shares.log()).sum().item())
     return {"exact": mean(exact), "stopped": mean(stopped), "entropy": mean(entropies), "nll": mean(nll),
             "nll_best": mean(nll_best), "by_kind": {kind: mean(values) for kind, values in sorted(right.items())}}
 
@@ -1046,16 +1060,21 @@ def mean(values: list) -> float | None:
 def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -> list[dict]:
     """A few completions of validation prompts, and what DOPD's router says of every token of them."""
     set_seed("routed_rollouts")
-    rows = setup.splits["validation"][:min(64, setup.config.micro_batch or 64)]
-    tokens, mask = setup.rollout(policies["student"], rows)
-    flat = tokens[mask]
-    teacher, student = (scores_of(setup.score(policies[name], rows, tokens, mask), tokens, mask).logp
-                        for name in ("privileged_teacher", "privileged_student"))
-    regimes = route(teacher, student, torch.ones_like(flat, dtype=torch.bool))
-    columns = (flat, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
-    routed = iter(zip(*(column.tolist() for column in columns)))
+    rows = setup.splits["validation"][:64]
+    size = setup.config.micro_batch or len(rows)
+    tokens, lengths, scores = [], [], defaultdict(list)
+    for part in (rows[start:start + size] for start in range(0, len(rows), size)):
+        sampled, mask = setup.rollout(policies["student"], part)
+        tokens.append(sampled[mask])
+        lengths += mask.sum(1).tolist()
+        for name in ("privileged_teacher", "privileged_student"):
+            scores[name].append(scores_of(setup.score(policies[name], part, sampled, mask), sampled, mask).logp)
+    tokens, teacher, student = (torch.cat(parts) for parts in (tokens, *scores.values()))                  # (N,)
+    regimes = route(teacher, student, torch.ones_like(tokens, dtype=torch.bool))
+    columns = (tokens, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
+    routed = zip(*(column.tolist() for column in columns))
     shown = []
-    for row, length in zip(rows[:count], mask.sum(1).tolist()):
+    for row, length in zip(rows[:count], lengths):
         of_tokens = [{"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_teacher,
                       "q_S": q_student, "A": gap}
                      for token, regime, q_teacher, q_student, gap in (next(routed) for _ in range(length))]
@@ -1229,16 +1248,13 @@ def new_folder(path: Path):
         fresh.rename(path)
     except Exception as error:             # PyTorch and safetensors report a full disk each in their own way
         shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
 def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out: int = 512) -> None:
     """Writes train, validation, test and ood.jsonl, from a fixed seed, no prompt twice; ood is two steps longer."""
-    rng, seen = random.Random(0), set()
+    rng, seen, texts = random.Random(0), set(), {}
     longer = replace(task, length=task.length + 2)
-    folder.mkdir(parents=True, exist_ok=True)
     for split, source, size in (("test", task, held_out), ("validation", task, held_out), ("ood", longer, held_out),
                                 ("train", task, train)):
         lines, in_vain = [], 0
@@ -1250,19 +1266,22 @@ def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out
                 lines.append(json.dumps(row) + "\n")
                 in_vain = 0
             if in_vain == 10_000:
-                raise InputError(f"{split}.jsonl: the task seems to have only {len(seen)} prompts; make it longer, or "
-                                 "ask for fewer rows")
-        write_text(folder / f"{split}.jsonl", "".join(lines))
+                raise InputError(f"{folder}: the task seems to have only {len(seen)} prompts; make it longer, or ask "
+                                 "for fewer rows")
+        texts[split] = "".join(lines)
+    with new_folder(folder) as fresh:
+        for split, text in texts.items():
+            write_text(fresh / f"{split}.jsonl", text)
 
 
 def read_rows(file: Path, form: str) -> list[dict]:
     """A JSONL file as rows of prompt, hint and answer. Raises InputError with the file, the row and the mend."""
     if not file.is_file():
-        raise InputError(f"{file}: no such file")
+        raise InputError(f"{file}: no such file; give another --data")
     if not file.read_bytes().strip():
         raise InputError(f"{file}: no rows; write a JSON object per line")
     try:                                   # as text: the JSON loader makes dates of texts, and names no row
-        lines = datasets.load_dataset("text", data_files=str(file), split="train")["text"]
+        lines = datasets.load_dataset("text", data_files=glob.escape(str(file)), split="train")["text"]
     except Exception as error:
         raise InputError(f"{file}: cannot be read ({first_line(error)}); write a JSON object per line") from None
     return [read_row(line, form, f"{file}, row {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -1270,7 +1289,7 @@ def read_rows(file: Path, form: str) -> list[dict]:
 
 def read_row(line: str, form: str, where: str) -> dict:
     try:
-        given = json.loads(line)
+        given = json.loads(line.removeprefix("\ufeff"))
     except ValueError:
         given = None
     if not isinstance(given, dict):
@@ -1334,7 +1353,8 @@ def encode(setup: Setup, path: Path, context: int) -> None:
                 raise InputError(f"{where}: {length} tokens with hint and completion, the models take {context}; "
                                  "shorten it or lower --max_new_tokens")
             if setup.tokenizer.unk_token_id in row["hinted_ids"] + row["answer_ids"]:
-                raise InputError(f"{where}: has a character that the tokenizer does not know; leave it out")
+                raise InputError(f"{where}: the tokenizer does not know a character of it, of its hint or answer, or "
+                                 "of --hint_template; leave it out")
             try:
                 grades = setup.task.grade(row, [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS])
             except (IndexError, ValueError):
@@ -1350,7 +1370,7 @@ def load_pair(config: Config):
         where = f"--student {name}" if name == config.student else f"--teacher {name}"
         try:
             tokenizers.append(AutoTokenizer.from_pretrained(name))
-            pair.append(AutoModelForCausalLM.from_pretrained(name))
+            pair.append(AutoModelForCausalLM.from_pretrained(name, config=without_dropout(name)))
         except Exception as error:
             raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
         check_model(pair[-1], where)
@@ -1362,6 +1382,15 @@ def load_pair(config: Config):
         raise InputError(f"--teacher {config.teacher} --student {config.student}: different vocabularies "
                          f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens); take two that share a tokenizer")
     return tokenizers[1], *pair
+
+
+def without_dropout(name: str):
+    """What is sampled and what is scored have to be the same policy."""
+    config = AutoConfig.from_pretrained(name)
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
 
 
 def vocabulary_size(tokenizer) -> int:
@@ -1386,13 +1415,20 @@ def prepare(config: Config, seed: int, task=None) -> tuple:
     task = task or (Text(config.answer_regex) if config.teacher else TASKS[config.task])
     path = Path(config.data) if config.data else Path(__file__).resolve().parent / "tiny_tasks" / config.task
     if not config.data and not path.exists():
-        with new_folder(path) as fresh:
-            write_task(task, fresh)
+        write_task(task, path)
     splits = read_splits(path, config)
     if config.teacher:
         tokenizer, teacher, student = load_pair(config)
+        context = min(model.config.max_position_embeddings for model in (teacher, student))
+        eos = student.generation_config.eos_token_id
     else:
-        tokenizer = tiny_tokenizer()
+        tokenizer, context, eos = tiny_tokenizer(), TINY_CONTEXT, []
+    eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    if not eos_ids:
+        raise InputError(f"--student {config.student}: knows no token that ends a completion; take another model")
+    setup = Setup(config, task, tokenizer, splits, vocabulary_size(tokenizer), eos_ids)
+    encode(setup, path, context)
+    if not config.teacher:
         held_out = {row["prompt"] for split, rows in splits.items() if split != "train" for row in rows}
         teacher, student = (warm_start(task, role, config, tokenizer, seed, held_out)
                             for role in ("teacher", "student"))
@@ -1400,14 +1436,10 @@ def prepare(config: Config, seed: int, task=None) -> tuple:
     student.to(config.device, torch.float64 if config.dtype == "float64" else torch.float32).eval()
     if config.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    eos = student.generation_config.eos_token_id
-    eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    setup = Setup(config, task, tokenizer, splits, vocabulary_size(tokenizer), eos_ids)
-    encode(setup, path, min(model.config.max_position_embeddings for model in (teacher, student)))
     return setup, teacher.requires_grad_(False), student
 
 
-def run(config: Config) -> "Log":
+def run(config: Config) -> Log:
     """Every recipe from the same student, for every seed, then the report. All that happens is in the log.
 
     Writes to config.out, and fills that in where it is empty. Raises InputError.
@@ -1417,12 +1449,8 @@ def run(config: Config) -> "Log":
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise InputError(f"--out {config.out}: cannot be written, because of {nearest}; take another folder")
     log = Log(Path(config.out) / "metrics.jsonl")
-    # bfloat16 is for the matrix products: at lr 5e-6 a weight kept in bfloat16 would round every step away. No cache:
-    # it would go on serving the weights of before the step.
-    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16",
-                        cache_enabled=False):
-        for seed in config.seeds:
-            run_seed(config, seed, log)
+    for seed in config.seeds:
+        run_seed(config, seed, log)
     if is_main():
         report(log, Path(config.out))
     return log
@@ -1430,31 +1458,42 @@ def run(config: Config) -> "Log":
 
 def free_folder(config: Config) -> str:
     name = Path(config.data).stem if config.data else f"{config.task}-{config.hint}"
-    taken = {path.name for path in Path("runs").glob(f"{name}*")}
-    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
-    return "runs/" + next(free for free in (name, *numbered) if free not in taken)
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(f"runs/{free}" for free in names if not Path("runs", free).exists())
 
 
-def run_seed(config: Config, seed: int, log: "Log") -> None:
+UNTRAINED = ("student before", "teacher")                                 # how the log calls them
+
+
+def run_seed(config: Config, seed: int, log: Log) -> None:
     folder = Path(config.out)
     setup, teacher, untrained = prepare(config, seed)
     if is_main() and not (folder / "config.json").exists():               # nothing is written before the input is good
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    for name, model in (("student before", untrained), ("teacher", teacher)):
-        if not log.tested(name, seed):
-            log.write(recipe=name, seed=seed, **final_tests(setup, policies_of(model, model, teacher)))
-    for name in config.recipe if not config.eval_only else ():
-        place = folder / f"{name}-seed{seed}"
-        if not log.tested(name, seed):
-            trainee = train(setup, name, RECIPES[name], seed, copy.deepcopy(untrained), teacher, place, log)
-            tests = final_tests(setup, trainee.policies)
+    with precision(config):
+        for name, model in zip(UNTRAINED, (untrained, teacher)):
+            alone = config.eval_only and name == "teacher" and config.teacher and config.teacher == config.student
+            if not (log.tested(name, seed) or alone):
+                log.write(recipe=name, seed=seed, **final_tests(setup, policies_of(model, model, teacher)))
+        for name in config.recipe if not config.eval_only else ():
+            place = folder / f"{name}-seed{seed}"
+            if not log.tested(name, seed):
+                trainee = train(setup, name, RECIPES[name], seed, copy.deepcopy(untrained), teacher, place, log)
+                tests = final_tests(setup, trainee.policies)
+                if is_main():
+                    with new_folder(place / "student") as fresh:
+                        save_model(trainee.student, setup.tokenizer, fresh)
+                log.write(recipe=name, seed=seed, **tests)
             if is_main():
-                with new_folder(place / "student") as fresh:
-                    save_model(trainee.student, setup.tokenizer, fresh)
-            log.write(recipe=name, seed=seed, **tests)
-        if is_main():
-            drop_checkpoints(place)
+                drop_checkpoints(place)
+
+
+def precision(config: Config):
+    """bfloat16 is for the matrix products: at lr 5e-6 a weight kept in bfloat16 would round every step away. No cache:
+    it would go on serving the weights of before the step."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16",
+                          cache_enabled=False)
 
 
 def final_tests(setup: Setup, policies: dict[str, Policy]) -> dict:
@@ -1490,19 +1529,19 @@ def parse(argv: list[str]) -> Config:
     parser = Parser(Config, prog="dopd.py", usage="python dopd.py [--flag value ...]", allow_abbrev=False,
                     description="\n\n".join(__doc__.split("\n\n")[:3]), formatter_class=Help,
                     epilog=f"tasks: {', '.join(TASKS)}\nrecipes: {', '.join(RECIPES)}")
-    config = Config(**vars(parser.parse_args(argv)))
-    if config.resume:
-        given = {word.split("=")[0] for word in argv if word.startswith("--")}
-        others = given - {"--resume", "--micro_batch"}
+    flags = vars(parser.parse_args(argv))
+    if flags["resume"]:
+        given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+        others = ", ".join(f"--{name}" for name in sorted(given - {"resume", "micro_batch"}))
         if others:
-            others = ", ".join(sorted(others))
-            raise InputError(f"--resume {config.resume}: keeps the flags of that run; leave out {others}")
-        changes = {"out": config.resume} | ({"micro_batch": config.micro_batch} if "--micro_batch" in given else {})
-        file = Path(config.resume) / "config.json"
+            raise InputError(f"--resume {flags['resume']}: keeps the flags of that run; leave out {others}")
+        changes = {"out": flags["resume"]} | {name: flags[name] for name in given & {"micro_batch"}}
+        file = Path(flags["resume"]) / "config.json"
         try:
             return Config(**json.loads(file.read_text()) | changes)
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"--resume {config.resume}: holds no run to go on with ({first_line(error)})") from None
+            raise InputError(f"--resume {flags['resume']}: holds no run to go on with ({first_line(error)})") from None
+    config = Config(**flags)
     if config.out and (Path(config.out) / "config.json").exists():
         raise InputError(f"--out {config.out}: holds a run already; take another folder, or --resume {config.out}")
     return config
@@ -1518,6 +1557,11 @@ def join_processes(config: Config) -> None:
         if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
+
+
+def to_go_on(config: Config | None) -> str:
+    begun = config and config.out and (Path(config.out) / "config.json").exists()
+    return f"; go on with python {Path(sys.argv[0]).name} --resume {config.out}" if begun else ""
 
 
 def main(argv: list[str]) -> int:
@@ -1543,13 +1587,11 @@ def main(argv: list[str]) -> int:
               else f"dopd.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print(f"dopd.py: --device {config.device}: out of memory; go on with --resume {config.out} --micro_batch and "
-              "a lower number", file=sys.stderr)
+        print(f"dopd.py: --device {config.device}: out of memory; lower --micro_batch{to_go_on(config)}",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        begun = config and config.out and (Path(config.out) / "config.json").exists()
-        program = f"python {Path(sys.argv[0]).name}"
-        print("\ninterrupted" + (f"; go on with {program} --resume {config.out}" if begun else ""), file=sys.stderr)
+        print(f"\ninterrupted{to_go_on(config)}", file=sys.stderr)
         return 130
     print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
     return 0

@@ -236,8 +236,7 @@ def write_data(job: Job) -> None:
     if job.folder.exists():
         return
     if job.task != "both" and not job.train:
-        with dopd.new_folder(job.folder) as fresh:
-            dopd.write_task(job.make_task(), fresh, **SMALL_SPACE if job.dials.get("length") == 2 else {})
+        dopd.write_task(job.make_task(), job.folder, **SMALL_SPACE if job.dials.get("length") == 2 else {})
         return
     tasks = ["rules", "simplify"] if job.task == "both" else [job.task]
     with dopd.new_folder(job.folder) as fresh:
