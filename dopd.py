@@ -73,7 +73,7 @@ class Config:
     """Every flag of the command line. The defaults are the CPU experiment."""
 
     task: str = flag("rules", "synthetic task of the tiny policies")
-    hint: HintForm = flag("steps", "what the hint gives away: how it ends, all of it, what to do at each step, a sum, nothing")
+    hint: HintForm = flag("steps", "what the hint gives away: the end, all, what to do at each step, a sum, nothing")
     recipe: list[str] = flag(["vanilla", "privileged_teacher", "privileged_student", "dopd"],
                              "one or more recipes, each trained from the same student")
     seeds: list[int] = flag([0], "one or more seeds; each has its own warm start, rollouts and order of the data")

@@ -397,12 +397,21 @@ def test_every_recipe_goes_through_the_same_engine(name):
     assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("field, value", [("source", "privileged"), ("objective", "kl"), ("support", "topk")])
+@pytest.mark.parametrize("field, value", [("source", "privileged"), ("objective", "kl"), ("support", "topk"),
+                                          ("weight", "beta_lite")])
 def test_a_recipe_with_a_misspelt_row_is_refused(field, value):
     """Else a support that nobody knows would train on the full one."""
     row = dopd.RECIPES["dopd"].rows[dopd.Regime.HT]
     with pytest.raises(ValueError, match=f"HT.*{value}"):
         dopd.Recipe({dopd.Regime.HT: row._replace(**{field: value})})
+
+
+def test_a_recipe_that_would_train_nothing_is_refused():
+    row = dopd.RECIPES["vanilla"].rows[dopd.Everywhere.ALL]
+    with pytest.raises(ValueError, match="router"):
+        dopd.Recipe({dopd.Regime.HT: row}, None, ())
+    with pytest.raises(ValueError, match="techer"):
+        dopd.Recipe({dopd.Everywhere.ALL: row}, None, ("techer",))
 
 
 def test_the_engine_knows_no_recipe_by_name():
@@ -1007,7 +1016,9 @@ def test_going_on_with_smaller_micro_batches(monkeypatch):
     sizes, rollout = set(), dopd.rollout
     monkeypatch.setattr(dopd, "rollout", lambda model, prompts, *rest: sizes.add(len(prompts)) or rollout(
         model, prompts, *rest))
-    assert go("--resume run --micro_batch 2") == 0 and sizes == {2}
+    assert go("--resume run --micro-batch 2") == 0 and sizes == {2}
+    shown = [row["rollouts"] for row in rows_of("run") if row.get("rollouts")]
+    assert [len(rollouts) for rollouts in shown] == [4, 4]                # routed over all, from several micro-batches
 
 
 @small
@@ -1026,6 +1037,45 @@ def test_a_task_that_runs_out_of_prompts_leaves_nothing_behind(monkeypatch, caps
     monkeypatch.setitem(dopd.TASKS, "short", replace(dopd.TASKS["rules"], length=1))
     assert go("--task short") == 2
     assert "prompts" in capsys.readouterr().err and not list(Path().rglob("*short*"))
+
+
+@small
+def test_the_fork_of_the_readme():
+    """As its reader would: a file of its own, beside dopd.py, and its flags."""
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    Path("mine.py").write_text(code)
+    shutil.copy(HERE / "dopd.py", "dopd.py")
+    flags = "--task double --recipe no_anchor privileged_js doubtful --steps 2 --batch_size 4 --eval_prompts 64 --out run"
+    finished = subprocess.run([sys.executable, "mine.py", *flags.split()], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    tests = {row["recipe"]: row["test"]["by_kind"] for row in rows_of("run") if "test" in row}
+    assert list(tests) == ["student before", "teacher", "no_anchor", "privileged_js", "doubtful"]
+    assert tests["student before"]["execute"] < 0.75 < 0.9 < tests["teacher"]["execute"]
+    assert {path.name for path in Path("tiny_tasks/double").iterdir()} == {
+        "train.jsonl", "validation.jsonl", "test.jsonl", "ood.jsonl"}
+
+
+@small
+def test_a_mistake_in_a_task_is_shown_as_it_is(monkeypatch):
+    """Not as a file that cannot be written."""
+    monkeypatch.setattr(dopd, "__file__", str(Path("fork/dopd.py").resolve()))
+    monkeypatch.setattr(dopd.Rules, "problem", lambda task, rng: {}["prompt"])
+    with pytest.raises(KeyError):
+        go("--task rules")
+
+
+@small
+def test_a_recipe_may_not_be_called_as_an_untrained_policy(monkeypatch, capsys):
+    """The log would take it for tested, and it would never be trained."""
+    monkeypatch.setitem(dopd.RECIPES, "teacher", dopd.RECIPES["vanilla"])
+    assert go(f"{SMALL} --recipe teacher --out run") == 2 and "teacher" in capsys.readouterr().err
+
+
+@small
+def test_bad_rows_are_noticed_before_the_warm_start(monkeypatch, capsys):
+    monkeypatch.setattr(dopd, "warm_start", None)
+    write_lines("strange.jsonl", *[{"prompt": "3ä=", "hint": "3", "answer": "36"}] * 4)
+    assert go("--data strange.jsonl --out run") == 2 and "3ä=" in capsys.readouterr().err
 
 
 @small
@@ -1297,7 +1347,8 @@ def checkpoints(tmp_path_factory) -> Path:
         torch.manual_seed(width)
         model = Qwen3ForCausalLM(Qwen3Config(
             vocab_size=height, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False))
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False,
+            attention_dropout=0.5))
         model.generation_config = GenerationConfig(     # samples its own way, and stops at either of two tokens
             do_sample=True, temperature=0.1, top_k=1, min_p=0.9, eos_token_id=[2, 0], pad_token_id=0)
         model.save_pretrained(folder / role)
@@ -1321,7 +1372,8 @@ def test_real_checkpoints(form, flags, checkpoints, monkeypatch, capsys):
     flags += f" {REAL} --teacher {teacher} --student {student} --hint-template {{prompt}}({{hint}})"
     write_lines("sums.jsonl", *sums(form))
 
-    setup, _, _ = dopd.prepare(dopd.parse(flags.split()), 0)
+    setup, _, model = dopd.prepare(dopd.parse(flags.split()), 0)
+    assert not any(layer.attention_dropout for layer in model.modules() if hasattr(layer, "attention_dropout"))
     row = setup.splits["train"][0]
     said = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think></think>"
     assert setup.tokenizer.decode(row["prompt_ids"]) == said.format(row["prompt"])
@@ -1361,7 +1413,7 @@ def test_real_checkpoints(form, flags, checkpoints, monkeypatch, capsys):
     assert go("--eval_only --student run/dopd-seed0/student --data sums.jsonl --max_new_tokens 16 --out alone") == 0
     assert set(sizes) == {12}
     alone = rows_of("alone")
-    assert all({"test", "test_hinted"} <= row.keys() and 0 <= row["test"]["exact"] <= 1 for row in alone)
+    assert len(alone) == 1 and {"test", "test_hinted"} <= alone[0].keys() and 0 <= alone[0]["test"]["exact"] <= 1
     assert "| with hint |" in Path("alone/report.md").read_text()
 
 
@@ -1422,7 +1474,7 @@ BAD = [                                                       # flags, and what 
         "nowhere/model", "M/cut", "M/no_words", "M/no_config", "M/nan", "good.jsonl")),
     (f"{PAIR} --teacher M/nan", "--teacher M/nan"), (f"{PAIR} --student M/other_words", "M/other_words vocabular"),
     ("--eval_only --student M/nan --data good.jsonl", "--student M/nan"),
-    ("--resume run --lr 1e-3", "--resume run --lr"), ("--resume=run --steps=9", "--resume run --steps"),
+    ("--resume run --lr 3", "--resume run out --lr"), ("--resume=run --steps=9", "--resume run --steps"),
     ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data M", "train.jsonl"), ("--data few.jsonl", "few.jsonl"),
     ("--data bytes.jsonl", "bytes.jsonl"), ("--data good.jsonl --hint_template {hint}#{prompt}", "good.jsonl 3a="),
     *((f"--data {name}.jsonl", f"{name}.jsonl {says}") for name, (_, says) in BAD_FILES.items()),
@@ -1486,8 +1538,9 @@ def test_text_stays_text():
     answers = ["2024-01-01", "2024-01-02", "036", "\u2028 and \x85"]
     for some in (answers[:2], answers[2:3] * 2, answers):
         lines = [json.dumps({"prompt": "p", "hint": "h", "answer": answer}, ensure_ascii=False) for answer in some]
-        Path("texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        assert [row["answer"] for row in dopd.read_rows(Path("texts.jsonl"), "steps")] == some
+        for start, file in (("", Path("texts.jsonl")), ("\ufeff", Path("texts[1] *.jsonl"))):    # a mark, a pattern
+            file.write_text(start + "\n".join(lines), encoding="utf-8")
+            assert [row["answer"] for row in dopd.read_rows(file, "steps")] == some
 
 
 @small
