@@ -124,7 +124,7 @@ OF_TASKS = [
  ("wild names guessed uniformly", "law = self.WILD.get(name, dict.fromkeys(range(10), 1))", "law = dict.fromkeys(range(10), 1)"),
  ("summary hint is the number of steps", '"summary": f"{sum(rules):02d}"', '"summary": f"{len(rules):02d}"'),
  ("simplify: steps hint reversed", "order += str(operator)", "order = str(operator) + order"),
- ("another seed for the files", "rng, seen = random.Random(0), set()", "rng, seen = random.Random(1), set()"),
+ ("another seed for the files", "rng, seen, texts = random.Random(0), set()", "rng, seen, texts = random.Random(1), set()"),
  ("splits overlap", 'if row["prompt"] not in seen:', "if True:"),
  ("warm start draws held-out prompts", 'if row["prompt"] in held_out:', "if False:"),
  ("only the test split is held out", 'if split != "train" for row in rows}', 'if split == "test" for row in rows}'),
