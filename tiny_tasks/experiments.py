@@ -806,12 +806,12 @@ def dials(seeds):
     default = {"wild share": 0.2, "wrong hints, random": 0.0, "wrong hints, same": 0.0, "student doubts": 0.0,
                "teacher doubts": 0.0, "student width": 128}
     settings = {
-        "wild share": {value: {"train": {"wild_share": value}} for value in (0.0, 0.2, 0.6)},
-        "wrong hints, random": {value: {"train": {"wrong": value, "kind": "random"}} for value in (0.0, 0.5)},
-        "wrong hints, same": {value: {"train": {"wrong": value, "kind": "same"}} for value in (0.0, 0.5)},
-        "student doubts": {value: {"student": {"doubts": value}} for value in (0.0, 1.0)},
-        "teacher doubts": {value: {"teacher": {"doubts": value}} for value in (0.0, 0.5)},
-        "student width": {value: {"student": {"width": value}} for value in (64, 128)}}
+        "wild share": {value: {"train": {"wild_share": value}} for value in (0.0, 0.2, 0.4, 0.6)},
+        "wrong hints, random": {value: {"train": {"wrong": value, "kind": "random"}} for value in (0.0, 0.25, 0.5)},
+        "wrong hints, same": {value: {"train": {"wrong": value, "kind": "same"}} for value in (0.0, 0.25, 0.5)},
+        "student doubts": {value: {"student": {"doubts": value}} for value in (0.0, 0.25, 0.5, 1.0)},
+        "teacher doubts": {value: {"teacher": {"doubts": value}} for value in (0.0, 0.5, 1.0)},
+        "student width": {value: {"student": {"width": value}} for value in (64, 96, 128)}}
     names = offered("student before", "vanilla", "privileged_teacher", "dopd", "evidence")
     cells = [cell(name, seed, {"dial": dial, "value": value}, **({} if value == default[dial] else fields))
              for dial, values in settings.items() for value, fields in values.items()
