@@ -885,11 +885,10 @@ def rl(seeds):
 
 @experiment()
 def lengths(seeds):
-    """Longer traces: chains of 2 to 16 steps. Warm starts grow with them: fewer seeds, at 16 half of their steps."""
+    """Longer traces: chains of 2 to 16 steps. Warm starts grow with them: fewer seeds."""
     cells = []
     for length, count in ((2, 3), (4, 3), (8, 2), (16, 1)):
-        half = {"teacher": {"steps": 200}, "student": {"steps": 150}} if length == 16 else {}
-        cells += [cell(name, seed, {"length": length}, dials={"length": length}, **half)
+        cells += [cell(name, seed, {"length": length}, dials={"length": length})
                   for name in ("student before", "teacher", "vanilla", "privileged_teacher", "dopd")
                   for seed in seeds[:count]]
     return Plan(cells, ["recall", "execute", "exact match", "entropy", "nll minus best"], "length",
