@@ -414,11 +414,10 @@ def score(model, prompts: list[list[int]], tokens: torch.Tensor, mask: torch.Ten
     ids, real = pad(list(place), "left", tokens.device)                   # (D, P): D distinct prompts
     inputs = torch.cat([ids[of_row], tokens[:, :-1]], 1)                  # (B, P+T-1): the last token predicts nothing
     attention = torch.cat([real[of_row], torch.ones_like(mask[:, :-1])], 1)        # causal: none looks beyond its EOS
-    cache, shared = None, ids.shape[1] - 1
-    if model.training or len(place) == len(prompts):                      # transformers checkpoints without a cache
-        shared = 0
+    alone = model.training or len(place) == len(prompts)                  # transformers checkpoints without a cache
+    shared = 0 if alone else ids.shape[1] - 1
+    cache = DynamicCache(config=model.config) if shared else None
     if shared:
-        cache = DynamicCache(config=model.config)
         hidden_states(model, ids[:, :shared], real[:, :shared], cache)
         cache.batch_select_indices(of_row)
     hidden = hidden_states(model, inputs[:, shared:], attention, cache)[:, -tokens.shape[1]:]        # (B, T, H)
@@ -756,6 +755,10 @@ class Setup(NamedTuple):
     def score(self, policy: Policy, rows: list[dict], tokens: torch.Tensor, mask: torch.Tensor) -> TokenLogProbs:
         return score(policy.model, prompts_of(policy, rows), tokens, mask, self.vocabulary)
 
+    def micro_batches(self, rows: list[dict]) -> list[list[dict]]:
+        size = self.config.micro_batch or 1024
+        return [rows[start:start + size] for start in range(0, len(rows), size)]
+
 
 def prompts_of(policy: Policy, rows: list[dict]) -> list[list[int]]:
     """All in which the contexts of the four policies differ; the completion tokens are the same."""
@@ -1028,9 +1031,8 @@ def evaluate(setup: Setup, policy: Policy, split: str, samples: int = 4) -> dict
     """
     set_seed("evaluate", split)
     rows = [row for row in setup.splits[split][:setup.config.eval_prompts] for _ in range(samples)]
-    size = setup.config.micro_batch or 1024
     exact, stopped, entropies, nll, nll_best, right = [], [], [], [], [], defaultdict(list)
-    for part in (rows[start:start + size] for start in range(0, len(rows), size)):
+    for part in setup.micro_batches(rows):
         tokens, mask = setup.rollout(policy, part)
         logp = setup.score(policy, part, tokens, mask)
         entropies += scores_of(logp, tokens, mask).entropy.tolist()
@@ -1061,9 +1063,8 @@ def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -
     """A few completions of validation prompts, and what DOPD's router says of every token of them."""
     set_seed("routed_rollouts")
     rows = setup.splits["validation"][:64]
-    size = setup.config.micro_batch or len(rows)
     tokens, lengths, scores = [], [], defaultdict(list)
-    for part in (rows[start:start + size] for start in range(0, len(rows), size)):
+    for part in setup.micro_batches(rows):
         sampled, mask = setup.rollout(policies["student"], part)
         tokens.append(sampled[mask])
         lengths += mask.sum(1).tolist()
