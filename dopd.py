@@ -115,45 +115,7 @@ class Config:
     write_tasks: bool = flag(False, "write tiny_tasks/ again, byte for byte, and stop")
 
     def __post_init__(self):
-        any_number = math.inf
-        ranges = {"steps": (1, any_number), "batch_size": (1, any_number), "rollouts": (1, any_number),
-                  "micro_batch": (0, any_number), "lr": (1e-12, 1), "top_k": (1, any_number), "beta_light": (0, 1e6),
-                  "beta_weak": (0, 1e6), "ema_decay": (0, 1), "max_new_tokens": (0, any_number),
-                  "eval_every": (1, any_number), "eval_prompts": (1, any_number)}
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                at_most = f" and at most {high}" if high < any_number else ""
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {low}{at_most}")
-        for name in ("recipe", "seeds"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise InputError(f"--{name} {' '.join(map(str, getattr(self, name)))}: give each of them once")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**32:
-                raise InputError(f"--seeds {seed}: must be between 0 and {2**32 - 1}")
-        for name, value, known in [("task", self.task, TASKS), *(("recipe", name, RECIPES) for name in self.recipe)]:
-            if value not in known or value in UNTRAINED:
-                raise InputError(f"--{name} {value}: there is none of this name, only {', '.join(known)}; for one of "
-                                 "your own, start the script that adds it")
-        if self.eval_only and self.student:
-            self.teacher = self.teacher or self.student
-        if bool(self.teacher) != bool(self.student):
-            raise InputError("--teacher, --student: give both, or neither for the tiny policies")
-        if self.teacher and not self.data:
-            raise InputError("--data: real models need a JSONL file of prompts, hints and answers")
-        self.max_new_tokens = self.max_new_tokens or (512 if self.teacher else 0)
-        self.hint_template = self.hint_template or ("{prompt}\n\nHint: {hint}" if self.teacher else "{hint}|{prompt}")
-        if not ("{prompt}" in self.hint_template and "{hint}" in self.hint_template):
-            raise InputError(f"--hint_template {self.hint_template!r}: must hold {{prompt}} and {{hint}}")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError):
-            raise InputError(f"--device {self.device}: PyTorch cannot use it here; try --device cpu") from None
-        try:
-            groups = re.compile(self.answer_regex).groups
-        except re.error as error:
-            raise InputError(f"--answer_regex {self.answer_regex!r}: {error}") from None
-        if self.answer_regex and groups != 1:
-            raise InputError(f"--answer_regex {self.answer_regex!r}: needs one (group), the answer; it has {groups}")
+        validate(self)                     # at the end of this file
 
 
 # ------------------------------------------------------------------------------------------------------- 2. tasks
@@ -531,14 +493,10 @@ def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Te
     """The regime of every sampled token, -1 where mask is False; all three are (B, T), or (N,).
 
     Both log-probs are of the same sampled tokens under the same hint: privileged teacher and privileged student. The
-    thresholds are averages over all tokens given, so it has to be given the whole optimizer batch.
+    thresholds are averages over all tokens given, so it has to be given the whole optimizer batch. A gap normalised by
+    any increasing affine map would give the same: only A < A_bar counts.
     """
-    gap = advantage_gap(teacher_logp, student_logp)
-    return regimes_of(gap, teacher_logp.exp(), student_logp.exp(), mask)
-
-
-def regimes_of(gap: torch.Tensor, q_teacher: torch.Tensor, q_student: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The rule of `route`. A gap normalised by any increasing affine map would give the same: only A < A_bar counts."""
+    gap, q_teacher, q_student = advantage_gap(teacher_logp, student_logp), teacher_logp.exp(), student_logp.exp()
     regimes = torch.full(mask.shape, -1, device=mask.device)
     if not mask.any():
         return regimes
@@ -720,8 +678,8 @@ def sequence_mean(mask: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, torch.Tensor], tokens: torch.Tensor,
-                      mask: torch.Tensor, *, top_k: int, beta_light: float = 0.6,
-                      beta_weak: float = 0.3) -> torch.Tensor:
+                      mask: torch.Tensor, *, top_k: int, beta_light: float = Config.beta_light,
+                      beta_weak: float = Config.beta_weak) -> torch.Tensor:
     """Any recipe in one call: log-probs (B, T, V) of student and {policy: of it}, tokens, mask (B, T) -> scalar."""
     sources = {name: logp[mask].detach() for name, logp in sources.items()}                  # (N, V)
     scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.router_reads}
@@ -730,8 +688,8 @@ def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, 
 
 
 def dopd_loss(student: torch.Tensor, privileged_teacher: torch.Tensor, privileged_student: torch.Tensor,
-              tokens: torch.Tensor, mask: torch.Tensor, *, top_k: int, beta_light: float = 0.6,
-              beta_weak: float = 0.3) -> torch.Tensor:
+              tokens: torch.Tensor, mask: torch.Tensor, *, top_k: int, beta_light: float = Config.beta_light,
+              beta_weak: float = Config.beta_weak) -> torch.Tensor:
     """The loss of DOPD, to carry elsewhere: log-probs (B, T, V), tokens (B, T), mask (B, T) bool -> scalar, in nats."""
     sources = {"privileged_teacher": privileged_teacher, "privileged_student": privileged_student}
     return distillation_loss(RECIPES["dopd"], student, sources, tokens, mask,
@@ -811,14 +769,11 @@ class Trainee:
         done = max((int(path.name[len("step-"):]) for path in folder.glob("step-*[0-9]")), default=0)
         if done:
             file = folder / f"step-{done}" / "training.pt"
-            try:
+            with explained(f"{file}: damaged", f"; delete {file.parent} to train from the start"):
                 saved = torch.load(file, map_location=self.student.device, weights_only=True)
                 self.adamw.load_state_dict(saved["adamw"])
                 self.student.load_state_dict(saved["student"])
                 self.reader.load_state_dict(saved["reader"])
-            except Exception as error:
-                raise InputError(f"{file}: damaged ({first_line(error)}); delete {file.parent} to train from the "
-                                 "start") from None
         return done
 
 
@@ -1062,25 +1017,21 @@ def mean(values: list) -> float | None:
 def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -> list[dict]:
     """A few completions of validation prompts, and what DOPD's router says of every token of them."""
     set_seed("routed_rollouts")
-    rows = setup.splits["validation"][:64]
-    tokens, lengths, scores = [], [], defaultdict(list)
+    rows, columns, lengths = setup.splits["validation"][:64], [], []
     for part in setup.micro_batches(rows):
-        sampled, mask = setup.rollout(policies["student"], part)
-        tokens.append(sampled[mask])
+        tokens, mask = setup.rollout(policies["student"], part)
+        scores = (scores_of(setup.score(policies[name], part, tokens, mask), tokens, mask)
+                  for name in ("privileged_teacher", "privileged_student"))
+        columns.append((tokens[mask], *(of_policy.logp for of_policy in scores)))
         lengths += mask.sum(1).tolist()
-        for name in ("privileged_teacher", "privileged_student"):
-            scores[name].append(scores_of(setup.score(policies[name], part, sampled, mask), sampled, mask).logp)
-    tokens, teacher, student = (torch.cat(parts) for parts in (tokens, *scores.values()))                  # (N,)
+    tokens, teacher, student = (torch.cat(parts) for parts in zip(*columns))                               # (N,)
     regimes = route(teacher, student, torch.ones_like(tokens, dtype=torch.bool))
     columns = (tokens, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
-    routed = zip(*(column.tolist() for column in columns))
-    shown = []
-    for row, length in zip(rows[:count], lengths):
-        of_tokens = [{"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_teacher,
-                      "q_S": q_student, "A": gap}
-                     for token, regime, q_teacher, q_student, gap in (next(routed) for _ in range(length))]
-        shown.append({"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": of_tokens})
-    return shown
+    routed = [{"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_teacher,
+               "q_S": q_student, "A": gap}
+              for token, regime, q_teacher, q_student, gap in zip(*(column.tolist() for column in columns))]
+    return [{"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": routed[end - length:end]}
+            for row, length, end in zip(rows[:count], lengths, itertools.accumulate(lengths))]
 
 
 # ------------------------------------------------------------------------------------------------------ 11. report
@@ -1097,10 +1048,8 @@ class Log:
         self.path, self.rows = path, []
         if path.exists():
             for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-                try:
+                with explained(f"{path}, row {number}: damaged", "; delete the row, or start anew"):
                     self.rows += [json.loads(line)] if line.endswith("\n") else []      # a kill may leave half a line
-                except ValueError:
-                    raise InputError(f"{path}, row {number}: damaged; delete the row, or start anew") from None
             self.write_all()
 
     def write_all(self) -> None:
@@ -1125,24 +1074,21 @@ class Log:
 
 def table(rows: list[dict]) -> str:
     """The rows with a test, in Markdown: a line per policy, mean and standard deviation over the seeds."""
-    tests = defaultdict(list)
+    tests = []
     for row in rows:
         if "test" in row:
             kinds = {kind: share for kind, share in row["test"]["by_kind"].items() if kind not in ("stop", "other")}
-            tests[row["recipe"]].append({
-                "exact match": row["test"]["exact"], "with hint": row["test_hinted"]["exact"],
-                "ood": (row["ood"] or {}).get("exact"), **kinds, "entropy": row["test"]["entropy"],
-                "nll": row["test"]["nll"], "best nll": row["test"]["nll_best"]})
-    columns = list(dict.fromkeys(name for of_seeds in tests.values() for values in of_seeds
-                                 for name, value in values.items() if value is not None))
-    lines = [["policy", *columns], ["---"] * (1 + len(columns))]
-    for policy, of_seeds in tests.items():
-        lines.append([policy, *(mean_and_spread([values.get(name) for values in of_seeds]) for name in columns)])
+            tests.append({"policy": row["recipe"], "exact match": row["test"]["exact"],
+                          "with hint": row["test_hinted"]["exact"], "ood": (row["ood"] or {}).get("exact"), **kinds,
+                          "entropy": row["test"]["entropy"], "nll": row["test"]["nll"],
+                          "best nll": row["test"]["nll_best"]})
+    tests = pandas.DataFrame(tests).dropna(axis=1, how="all").groupby("policy", sort=False).agg(mean_and_spread)
+    lines = [["policy", *tests], ["---"] * (1 + tests.shape[1]), *tests.reset_index().values]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def mean_and_spread(values: list[float | None]) -> str:
-    values = [value for value in values if value is not None]
+def mean_and_spread(values) -> str:
+    values = [value for value in values if not pandas.isna(value)]
     if not values:
         return "-"
     return f"{mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
@@ -1151,9 +1097,7 @@ def mean_and_spread(values: list[float | None]) -> str:
 def draw_curves(rows: list[dict], file: Path) -> None:
     """Accuracy, entropy and regime shares over steps: the mean over the seeds, and a band from lowest to highest."""
     steps = pandas.json_normalize([row for row in rows if "step" in row])       # "validation.exact" becomes a column
-    shares = steps.filter(like="regime_share.").groupby(steps.recipe, sort=False)
-    routed = {name: of_recipe.dropna(axis=1, how="all") for name, of_recipe in shares}
-    routed = {name: of_recipe for name, of_recipe in routed.items() if of_recipe.shape[1] > 1}
+    routed = [name for name in steps.recipe.unique() if RECIPES[name].router]
     count = 2 + len(routed)
     figure, axes = pyplot.subplots(1, count, figsize=(5 * count, 4), layout="constrained")
     panels = {"validation.exact": "exact match without the hint, validation",
@@ -1165,11 +1109,11 @@ def draw_curves(rows: list[dict], file: Path) -> None:
             axis.fill_between(seeds.min().index, seeds.min(), seeds.max(), alpha=0.2)
         axis.set(title=title, xlabel="step")
     axes[1].legend()                       # entropy is there for every recipe, accuracy perhaps for none
-    for axis, (name, of_recipe) in zip(axes[2:], routed.items()):
-        of_step = of_recipe.groupby(steps.step).mean().dropna()
-        regimes = [column.removeprefix("regime_share.") for column in of_step]
-        colours = [REGIMES[regime][0] for regime in regimes] if set(regimes) <= set(REGIMES) else None
-        axis.stackplot(of_step.index, of_step.T, labels=regimes, colors=colours)
+    for axis, name in zip(axes[2:], routed):
+        regimes = [regime.name for regime in RECIPES[name].rows]
+        shares = steps[steps.recipe == name].groupby("step")[[f"regime_share.{regime}" for regime in regimes]].mean()
+        colours = [REGIMES[regime][0] for regime in regimes if regime in REGIMES]
+        axis.stackplot(shares.index, shares.T, labels=regimes, colors=colours or None)
         axis.set(title=f"{name}: share of the tokens per regime", xlabel="step", ylim=(0, 1))
         axis.legend(loc="lower right")
     figure.savefig(file, dpi=120)
@@ -1226,6 +1170,20 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def require(condition, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@contextmanager
+def explained(where: str, mend: str = "", errors: type | tuple = Exception):
+    """What a library raises in here, as one line that names what the user gave."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{where} ({first_line(error)}){mend}") from None
+
+
 def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -1260,15 +1218,13 @@ def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out
                                 ("train", task, train)):
         lines, in_vain = [], 0
         while len(lines) < size:
-            row = source.problem(rng)
-            in_vain += 1
+            row, in_vain = source.problem(rng), in_vain + 1
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 lines.append(json.dumps(row) + "\n")
                 in_vain = 0
-            if in_vain == 10_000:
-                raise InputError(f"{folder}: the task seems to have only {len(seen)} prompts; make it longer, or ask "
-                                 "for fewer rows")
+            require(in_vain < 10_000, f"{folder}: the task seems to have only {len(seen)} prompts; make it longer, or "
+                    "ask for fewer rows")
         texts[split] = "".join(lines)
     with new_folder(folder) as fresh:
         for split, text in texts.items():
@@ -1277,14 +1233,11 @@ def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out
 
 def read_rows(file: Path, form: str) -> list[dict]:
     """A JSONL file as rows of prompt, hint and answer. Raises InputError with the file, the row and the mend."""
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; give another --data")
-    if not file.read_bytes().strip():
-        raise InputError(f"{file}: no rows; write a JSON object per line")
-    try:                                   # as text: the JSON loader makes dates of texts, and names no row
+    require(file.is_file(), f"{file}: no such file; give another --data")
+    require(file.read_bytes().strip(), f"{file}: no rows; write a JSON object per line")
+    with explained(f"{file}: cannot be read", "; write a JSON object per line"):
+        # As text: the JSON loader makes dates of texts, and names no row.
         lines = datasets.load_dataset("text", data_files=glob.escape(str(file)), split="train")["text"]
-    except Exception as error:
-        raise InputError(f"{file}: cannot be read ({first_line(error)}); write a JSON object per line") from None
     return [read_row(line, form, f"{file}, row {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -1293,8 +1246,7 @@ def read_row(line: str, form: str, where: str) -> dict:
         given = json.loads(line.removeprefix("\ufeff"))
     except ValueError:
         given = None
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: not a JSON object; write one per line")
+    require(isinstance(given, dict), f"{where}: not a JSON object; write one per line")
     hints = given.get("hints")
     row = {"prompt": given.get("prompt"), "answer": given.get("answer"),
            "hint": hints.get(form) if isinstance(hints, dict) else given.get("hint")}
@@ -1302,12 +1254,10 @@ def read_row(line: str, form: str, where: str) -> dict:
         row["hint"] = ""
     for name, text in row.items():
         key = f'"hints": {{"{form}": ...}} or "hint"' if name == "hint" else f'"{name}"'
-        if not isinstance(text, str):
-            raise InputError(f"{where}: {key} must be a text, not {json.dumps(text)[:40]}")
-        if re.search("[\ud800-\udfff]", text):
-            raise InputError(f"{where}: {key} holds half a character (a lone surrogate); mend its \\u escapes")
-    if not row["prompt"]:
-        raise InputError(f'{where}: "prompt" is empty; write what the student reads')
+        require(isinstance(text, str), f"{where}: {key} must be a text, not {json.dumps(text)[:40]}")
+        require(not re.search("[\ud800-\udfff]", text),
+                f"{where}: {key} holds half a character (a lone surrogate); mend its \\u escapes")
+    require(row["prompt"], f'{where}: "prompt" is empty; write what the student reads')
     return row
 
 
@@ -1320,8 +1270,7 @@ def read_splits(path: Path, config: Config) -> dict[str, list[dict]]:
     rows = read_rows(path, config.hint)
     if config.eval_only:
         return {"validation": rows, "test": rows}
-    if len(rows) < 3:
-        raise InputError(f"{path}: {len(rows)} rows; train, validation and test need one each")
+    require(len(rows) >= 3, f"{path}: {len(rows)} rows; train, validation and test need one each")
     random.Random(0).shuffle(rows)
     tenth = max(1, len(rows) // 10)
     return {"validation": rows[:tenth], "test": rows[tenth:2 * tenth], "train": rows[2 * tenth:]}
@@ -1350,12 +1299,11 @@ def encode(setup: Setup, path: Path, context: int) -> None:
             where = f"{path}, {split}, prompt {row['prompt'][:40]!r}"
             row["max_new_tokens"] = longest
             length = max(len(row["prompt_ids"]), len(row["hinted_ids"])) + longest
-            if length > context:
-                raise InputError(f"{where}: {length} tokens with hint and completion, the models take {context}; "
-                                 "shorten it or lower --max_new_tokens")
-            if setup.tokenizer.unk_token_id in row["hinted_ids"] + row["answer_ids"]:
-                raise InputError(f"{where}: the tokenizer does not know a character of it, of its hint or answer, or "
-                                 "of --hint_template; leave it out")
+            require(length <= context, f"{where}: {length} tokens with hint and completion, the models take {context}; "
+                    "shorten it or lower --max_new_tokens")
+            require(setup.tokenizer.unk_token_id not in row["hinted_ids"] + row["answer_ids"],
+                    f"{where}: the tokenizer does not know a character of it, of its hint or answer, or of "
+                    "--hint_template; leave it out")
             try:
                 grades = setup.task.grade(row, [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS])
             except (IndexError, ValueError):
@@ -1369,19 +1317,16 @@ def load_pair(config: Config):
     tokenizers, pair = [], []
     for name in (config.teacher, config.student):
         where = f"--student {name}" if name == config.student else f"--teacher {name}"
-        try:
+        with explained(f"{where}: cannot be loaded"):
             tokenizers.append(AutoTokenizer.from_pretrained(name))
             pair.append(AutoModelForCausalLM.from_pretrained(name, config=without_dropout(name)))
-        except Exception as error:
-            raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
         check_model(pair[-1], where)
         words, height = vocabulary_size(tokenizers[-1]), pair[-1].get_input_embeddings().num_embeddings
-        if words > height:
-            raise InputError(f"{where}: its tokenizer has {words} tokens, more than its embedding table ({height}); "
-                             "take the tokenizer of the checkpoint")
-    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise InputError(f"--teacher {config.teacher} --student {config.student}: different vocabularies "
-                         f"({len(tokenizers[0])} and {len(tokenizers[1])} tokens); take two that share a tokenizer")
+        require(words <= height, f"{where}: its tokenizer has {words} tokens, more than its embedding table "
+                f"({height}); take the tokenizer of the checkpoint")
+    require(tokenizers[0].get_vocab() == tokenizers[1].get_vocab(),
+            f"--teacher {config.teacher} --student {config.student}: different vocabularies ({len(tokenizers[0])} and "
+            f"{len(tokenizers[1])} tokens); take two that share a tokenizer")
     return tokenizers[1], *pair
 
 
@@ -1403,12 +1348,11 @@ def vocabulary_size(tokenizer) -> int:
 def check_model(model, where: str) -> None:
     """Refuses weights that are no numbers, and models whose logits are not their head applied to the last states."""
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise InputError(f"{where}: the weight {name} is not finite; take another checkpoint")
+        require(weight.isfinite().all(), f"{where}: the weight {name} is not finite; take another checkpoint")
     ids = torch.arange(8)[None]
     logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
-    if not torch.allclose(model(ids).logits.float(), logits.float(), atol=1e-3):
-        raise InputError(f"{where}: scales or caps its logits, which this file does not do; take another model")
+    require(torch.allclose(model(ids).logits.float(), logits.float(), atol=1e-3),
+            f"{where}: scales or caps its logits, which this file does not do; take another model")
 
 
 def prepare(config: Config, seed: int, task=None) -> tuple:
@@ -1425,8 +1369,7 @@ def prepare(config: Config, seed: int, task=None) -> tuple:
     else:
         tokenizer, context, eos = tiny_tokenizer(), TINY_CONTEXT, []
     eos_ids = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    if not eos_ids:
-        raise InputError(f"--student {config.student}: knows no token that ends a completion; take another model")
+    require(eos_ids, f"--student {config.student}: knows no token that ends a completion; take another model")
     setup = Setup(config, task, tokenizer, splits, vocabulary_size(tokenizer), eos_ids)
     encode(setup, path, context)
     if not config.teacher:
@@ -1447,8 +1390,8 @@ def run(config: Config) -> Log:
     """
     config.out = config.out or free_folder(config)
     nearest = next(folder for folder in (Path(config.out), *Path(config.out).absolute().parents) if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise InputError(f"--out {config.out}: cannot be written, because of {nearest}; take another folder")
+    require(nearest.is_dir() and os.access(nearest, os.W_OK),
+            f"--out {config.out}: cannot be written, because of {nearest}; take another folder")
     log = Log(Path(config.out) / "metrics.jsonl")
     for seed in config.seeds:
         run_seed(config, seed, log)
@@ -1534,26 +1477,59 @@ def parse(argv: list[str]) -> Config:
     if flags["resume"]:
         given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
         others = ", ".join(f"--{name}" for name in sorted(given - {"resume", "micro_batch"}))
-        if others:
-            raise InputError(f"--resume {flags['resume']}: keeps the flags of that run; leave out {others}")
+        require(not others, f"--resume {flags['resume']}: keeps the flags of that run; leave out {others}")
         changes = {"out": flags["resume"]} | {name: flags[name] for name in given & {"micro_batch"}}
-        file = Path(flags["resume"]) / "config.json"
-        try:
-            return Config(**json.loads(file.read_text()) | changes)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"--resume {flags['resume']}: holds no run to go on with ({first_line(error)})") from None
+        with explained(f"--resume {flags['resume']}: holds no run to go on with", "", (OSError, ValueError, TypeError)):
+            return Config(**json.loads((Path(flags["resume"]) / "config.json").read_text()) | changes)
     config = Config(**flags)
-    if config.out and (Path(config.out) / "config.json").exists():
-        raise InputError(f"--out {config.out}: holds a run already; take another folder, or --resume {config.out}")
+    require(not (config.out and (Path(config.out) / "config.json").exists()),
+            f"--out {config.out}: holds a run already; take another folder, or --resume {config.out}")
     return config
+
+
+def validate(config: Config) -> None:
+    """Raises InputError for flags with which no run is possible, and fills in those that follow from others."""
+    any_number = math.inf
+    ranges = {"steps": (1, any_number), "batch_size": (1, any_number), "rollouts": (1, any_number),
+              "micro_batch": (0, any_number), "lr": (1e-12, 1), "top_k": (1, any_number), "beta_light": (0, 1e6),
+              "beta_weak": (0, 1e6), "ema_decay": (0, 1), "max_new_tokens": (0, any_number),
+              "eval_every": (1, any_number), "eval_prompts": (1, any_number)}
+    for name, (low, high) in ranges.items():
+        value, at_most = getattr(config, name), f" and at most {high}" if high < any_number else ""
+        require(low <= value <= high, f"--{name} {value}: must be at least {low}{at_most}")
+    for name in ("recipe", "seeds"):
+        values = getattr(config, name)
+        require(len(set(values)) == len(values), f"--{name} {' '.join(map(str, values))}: give each of them once")
+    for seed in config.seeds:
+        require(0 <= seed < 2**32, f"--seeds {seed}: must be between 0 and {2**32 - 1}")
+    recipes = [name for name in RECIPES if name not in UNTRAINED]
+    for name, value, known in [("task", config.task, TASKS), *(("recipe", name, recipes) for name in config.recipe)]:
+        require(value in known, f"--{name} {value}: there is none of this name, only {', '.join(known)}; for one of "
+                "your own, start the script that adds it")
+    if config.eval_only and config.student:
+        config.teacher = config.teacher or config.student
+    require(bool(config.teacher) == bool(config.student),
+            "--teacher, --student: give both, or neither for the tiny policies")
+    require(config.data or not config.teacher, "--data: real models need a JSONL file of prompts, hints and answers")
+    config.max_new_tokens = config.max_new_tokens or (512 if config.teacher else 0)
+    config.hint_template = config.hint_template or (
+        "{prompt}\n\nHint: {hint}" if config.teacher else "{hint}|{prompt}")
+    require("{prompt}" in config.hint_template and "{hint}" in config.hint_template,
+            f"--hint_template {config.hint_template!r}: must hold {{prompt}} and {{hint}}")
+    with explained(f"--device {config.device}: PyTorch cannot use it here", "; try --device cpu"):
+        torch.empty(0, device=config.device)
+    with explained(f"--answer_regex {config.answer_regex!r}: no regular expression"):
+        groups = re.compile(config.answer_regex).groups
+    require(groups == 1 or not config.answer_regex,
+            f"--answer_regex {config.answer_regex!r}: needs one (group), the answer; it has {groups}")
 
 
 def join_processes(config: Config) -> None:
     """Where `accelerate launch` or `torchrun` started several of us: each takes a GPU and its share of every batch."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size * config.rollouts % processes:
-        raise InputError(f"--batch_size {config.batch_size} x --rollouts {config.rollouts}: must be a multiple of the "
-                         f"{processes} processes")
+    require(config.batch_size * config.rollouts % processes == 0,
+            f"--batch_size {config.batch_size} x --rollouts {config.rollouts}: must be a multiple of the {processes} "
+            "processes")
     if processes > 1:
         if config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1579,23 +1555,20 @@ def main(argv: list[str]) -> int:
             return 0
         join_processes(config)
         run(config)
-    except InputError as error:
-        print(f"dopd.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = error.filename or (config and config.out)
-        print(f"dopd.py: {where}: {error.strerror}; make room, or take another --out" if error.strerror
-              else f"dopd.py: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(f"dopd.py: --device {config.device}: out of memory; lower --micro_batch{to_go_on(config)}",
-              file=sys.stderr)
-        return 2
+        print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
+        return 0
     except KeyboardInterrupt:
         print(f"\ninterrupted{to_go_on(config)}", file=sys.stderr)
         return 130
-    print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
-    return 0
+    except InputError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = f"--device {config.device}: out of memory; lower --micro_batch{to_go_on(config)}"
+    except OSError as error:
+        where = error.filename or (config and config.out)
+        message = f"{where}: {error.strerror}; make room, or take another --out" if error.strerror else str(error)
+    print(f"dopd.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

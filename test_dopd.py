@@ -285,9 +285,13 @@ def every(tokens):
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
-def route(q_teacher, q_student):
+def route(q_teacher, q_student, gap=None):
+    """The regimes of these tokens; a gap given here stands for theirs."""
     q_teacher, q_student = torch.tensor(q_teacher), torch.tensor(q_student)
-    return names(dopd.route(q_teacher.log(), q_student.log(), every(q_teacher)))
+    with pytest.MonkeyPatch.context() as patch:
+        if gap:
+            patch.setattr(dopd, "advantage_gap", lambda teacher_logp, student_logp: torch.tensor(gap))
+        return names(dopd.route(q_teacher.log(), q_student.log(), every(q_teacher)))
 
 
 def test_one_token_of_every_regime():
@@ -300,17 +304,14 @@ def test_one_token_of_every_regime():
 def test_ties():
     assert route([0.5, 0.25], [0.25, 0.5]) == ["HT", "HS"]                # every gap is the mean gap: high
     assert route([0.5, 0.25], [0.5, 0.25]) == ["HT", "HT"]                # no gap at all, and q_T == q_S: HT
-    gap, q_teacher, q_student = torch.tensor([[0.0, 1, 1], [0.25, 0.375, 0.375], [0.25, 0.125, 0.125]])
-    assert names(dopd.regimes_of(gap, q_teacher, q_student, every(gap))) == ["LH", "HT", "HT"]     # the mean sum
+    assert route([0.25, 0.5, 0.5], [0.5, 0.25, 0.25], gap=[0.0, 1.0, 1.0]) == ["LH", "HT", "HT"]       # the mean sum
 
 
 def test_outliers_are_left_out_of_the_averages_but_not_of_the_training():
     # 20 tokens have gaps 0.1 and 1 and sums 0.50, 0.56 and 0.53: means 0.55 and 0.53. With the 21st, gap 100 and sum
     # 1.9, they were 5.3 and 0.595: no gap of 1 would be high, and no sum of 0.56 sure.
-    gap = torch.tensor([0.1] * 10 + [1.0] * 10 + [100.0])
-    q_teacher = torch.tensor([0.25] * 5 + [0.28] * 5 + [0.30] * 10 + [0.9])
-    q_student = torch.tensor([0.25] * 5 + [0.28] * 5 + [0.23] * 10 + [1.0])
-    regimes = names(dopd.regimes_of(gap, q_teacher, q_student, every(gap)))
+    regimes = route([0.25] * 5 + [0.28] * 5 + [0.30] * 10 + [0.9], [0.25] * 5 + [0.28] * 5 + [0.23] * 10 + [1.0],
+                    gap=[0.1] * 10 + [1.0] * 10 + [100.0])
     assert regimes == ["LL"] * 5 + ["LH"] * 5 + ["HT"] * 10 + ["HS"]
 
 
@@ -329,7 +330,7 @@ def test_evidence_adds_up_over_the_completion_so_far():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_route_token_by_token(seed):
+def test_route_token_by_token(seed, monkeypatch):
     torch.manual_seed(seed)
     teacher, student = torch.log(torch.rand(2, 6, 9) * 0.98 + 0.01)
     mask = torch.rand(6, 9) < 0.7
@@ -340,8 +341,8 @@ def test_route_token_by_token(seed):
         assert torch.equal(dopd.route(teacher.masked_fill(~mask, wild), student, mask), regimes)
         assert torch.equal(dopd.route(teacher, student.masked_fill(~mask, wild), mask), regimes)
     for scale, shift in ((1, 5.0), (0.01, 0.0), (7, -3.0)):               # "normalised within the batch": no change
-        gap = (teacher - student).abs() * scale + shift
-        assert torch.equal(dopd.regimes_of(gap, teacher.exp(), student.exp(), mask), regimes)
+        monkeypatch.setattr(dopd, "advantage_gap", lambda one, other: (one - other).abs() * scale + shift)
+        assert torch.equal(dopd.route(teacher, student, mask), regimes)
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
