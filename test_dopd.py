@@ -1041,19 +1041,26 @@ def test_a_task_that_runs_out_of_prompts_leaves_nothing_behind(monkeypatch, caps
 
 
 @small
-def test_the_fork_of_the_readme():
-    """As its reader would: a file of its own, beside dopd.py, and its flags."""
-    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
-    Path("mine.py").write_text(code)
-    shutil.copy(HERE / "dopd.py", "dopd.py")
+def test_the_fork():
+    Path("tiny_tasks").mkdir()
+    for file in ("dopd.py", "tiny_tasks/fork.py"):
+        shutil.copy(HERE / file, file)
     flags = "--task double --recipe no_anchor privileged_js doubtful --steps 2 --batch_size 4 --eval_prompts 64 --out run"
-    finished = subprocess.run([sys.executable, "mine.py", *flags.split()], capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, "tiny_tasks/fork.py", *flags.split()], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     tests = {row["recipe"]: row["test"]["by_kind"] for row in rows_of("run") if "test" in row}
     assert list(tests) == ["student before", "teacher", "no_anchor", "privileged_js", "doubtful"]
     assert tests["student before"]["execute"] < 0.75 < 0.9 < tests["teacher"]["execute"]
     assert {path.name for path in Path("tiny_tasks/double").iterdir()} == {
         "train.jsonl", "validation.jsonl", "test.jsonl", "ood.jsonl"}
+
+
+def test_the_recipes_of_the_readme(monkeypatch):
+    monkeypatch.setattr(dopd, "RECIPES", dict(dopd.RECIPES))
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    exec(code, {"dopd": dopd})
+    assert dopd.RECIPES["no_anchor"].policies == ["privileged_student", "privileged_teacher", "teacher"]
+    assert dopd.RECIPES["privileged_js"].policies == ["privileged_teacher"]
 
 
 @small
