@@ -493,7 +493,7 @@ def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Te
     """The regime of every sampled token, -1 where mask is False; all three are (B, T), or (N,).
 
     Both log-probs are of the same sampled tokens under the same hint: privileged teacher and privileged student. The
-    thresholds are averages over all tokens given, so it has to be given the whole optimizer batch. A gap normalised by
+    thresholds are averages over the tokens given, so it has to be given the whole optimizer batch. A gap normalised by
     any increasing affine map would give the same: only A < A_bar counts.
     """
     gap, q_teacher, q_student = advantage_gap(teacher_logp, student_logp), teacher_logp.exp(), student_logp.exp()
@@ -527,7 +527,7 @@ class Row(NamedTuple):
     source: str                      # one of SOURCES
     objective: str                   # a key of DIVERGENCES
     support: str                     # one of SUPPORTS
-    weight: float | str | Callable   # a number, the name of a flag, or a function {policy: Scores} -> (N,)
+    weight: float | str | Callable   # a number, one of BETAS, or a function {policy: Scores} -> (N,)
 
 
 class Scores(NamedTuple):
@@ -680,7 +680,8 @@ def sequence_mean(mask: torch.Tensor) -> torch.Tensor:
 def distillation_loss(recipe: Recipe, student: torch.Tensor, sources: dict[str, torch.Tensor], tokens: torch.Tensor,
                       mask: torch.Tensor, *, top_k: int, beta_light: float = Config.beta_light,
                       beta_weak: float = Config.beta_weak) -> torch.Tensor:
-    """Any recipe in one call: log-probs (B, T, V) of student and {policy: of it}, tokens, mask (B, T) -> scalar."""
+    """Any recipe in one call: log-probs (B, T, V) of the student and of {policy: ...}, all that are in recipe.policies;
+    tokens, mask (B, T) -> scalar."""
     sources = {name: logp[mask].detach() for name, logp in sources.items()}                  # (N, V)
     scores = {name: scores_of(sources[name], tokens, mask) for name in recipe.router_reads}
     regimes, weights = deal(recipe, scores, {"beta_light": beta_light, "beta_weak": beta_weak}, tokens[mask])
@@ -1112,8 +1113,8 @@ def draw_curves(rows: list[dict], file: Path) -> None:
     for axis, name in zip(axes[2:], routed):
         regimes = [regime.name for regime in RECIPES[name].rows]
         shares = steps[steps.recipe == name].groupby("step")[[f"regime_share.{regime}" for regime in regimes]].mean()
-        colours = [REGIMES[regime][0] for regime in regimes if regime in REGIMES]
-        axis.stackplot(shares.index, shares.T, labels=regimes, colors=colours or None)
+        colours = [REGIMES[regime][0] if regime in REGIMES else f"C{i}" for i, regime in enumerate(regimes)]
+        axis.stackplot(shares.index, shares.T, labels=regimes, colors=colours)
         axis.set(title=f"{name}: share of the tokens per regime", xlabel="step", ylim=(0, 1))
         axis.legend(loc="lower right")
     figure.savefig(file, dpi=120)
@@ -1248,12 +1249,10 @@ def read_row(line: str, form: str, where: str) -> dict:
         given = None
     require(isinstance(given, dict), f"{where}: not a JSON object; write one per line")
     hints = given.get("hints")
-    row = {"prompt": given.get("prompt"), "answer": given.get("answer"),
-           "hint": hints.get(form) if isinstance(hints, dict) else given.get("hint")}
-    if row["hint"] is None and form == "none":
-        row["hint"] = ""
+    hint = hints.get(form) if isinstance(hints, dict) else given.get("hint")
+    row = {"prompt": given.get("prompt"), "answer": given.get("answer"), "hint": "" if form == "none" else hint}
     for name, text in row.items():
-        key = f'"hints": {{"{form}": ...}} or "hint"' if name == "hint" else f'"{name}"'
+        key = f'"hints": {{"{form}": ...}} or "hint", for --hint {form},' if name == "hint" else f'"{name}"'
         require(isinstance(text, str), f"{where}: {key} must be a text, not {json.dumps(text)[:40]}")
         require(not re.search("[\ud800-\udfff]", text),
                 f"{where}: {key} holds half a character (a lone surrogate); mend its \\u escapes")
@@ -1520,6 +1519,7 @@ def validate(config: Config) -> None:
         torch.empty(0, device=config.device)
     with explained(f"--answer_regex {config.answer_regex!r}: no regular expression"):
         groups = re.compile(config.answer_regex).groups
+    require(config.teacher or not config.answer_regex, "--answer_regex: for real models; give --teacher and --student")
     require(groups == 1 or not config.answer_regex,
             f"--answer_regex {config.answer_regex!r}: needs one (group), the answer; it has {groups}")
 

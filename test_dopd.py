@@ -1045,11 +1045,12 @@ def test_the_fork():
     Path("tiny_tasks").mkdir()
     for file in ("dopd.py", "tiny_tasks/fork.py"):
         shutil.copy(HERE / file, file)
-    flags = "--task double --recipe no_anchor privileged_js doubtful --steps 2 --batch_size 4 --eval_prompts 64 --out run"
+    flags = "--task double --recipe no_anchor privileged_js cautious doubtful "
+    flags += "--steps 2 --batch_size 4 --eval_prompts 64 --out run"
     finished = subprocess.run([sys.executable, "tiny_tasks/fork.py", *flags.split()], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     tests = {row["recipe"]: row["test"]["by_kind"] for row in rows_of("run") if "test" in row}
-    assert list(tests) == ["student before", "teacher", "no_anchor", "privileged_js", "doubtful"]
+    assert list(tests) == ["student before", "teacher", "no_anchor", "privileged_js", "cautious", "doubtful"]
     assert tests["student before"]["execute"] < 0.75 < 0.9 < tests["teacher"]["execute"]
     assert {path.name for path in Path("tiny_tasks/double").iterdir()} == {
         "train.jsonl", "validation.jsonl", "test.jsonl", "ood.jsonl"}
@@ -1476,6 +1477,7 @@ BAD = [                                                       # flags, and what 
         "--answer_regex x", "--resume nowhere", "--resume rows", "--resume bad_config", "--resume other_config",
         "stray", "--learning 1")),
     *((f"{TINY} --steps 1 {flag}", flag) for flag in (f"--seeds {2 ** 70}", "--seeds 0 0", "--recipe dopd dopd")),
+    (f"{TINY} --answer_regex (x)", "--answer_regex --teacher"),
     ("--teacher M/teacher", "--student"), ("--student M/student", "--teacher"),
     ("--teacher M/teacher --student M/student", "--data"), (f"{PAIR} --max_new_tokens 500", "--max_new_tokens"),
     *((f"{PAIR} --student {folder}", f"--student {folder}") for folder in (
@@ -1543,6 +1545,7 @@ def test_a_batch_that_the_processes_cannot_share(monkeypatch, capsys):
 @small
 def test_text_stays_text():
     """No reader may take an answer for a date, a number or a line break."""
+    assert dopd.read_row('{"prompt": "p", "hint": "h", "answer": "a"}', "none", "here")["hint"] == ""
     answers = ["2024-01-01", "2024-01-02", "036", "\u2028 and \x85"]
     for some in (answers[:2], answers[2:3] * 2, answers):
         lines = [json.dumps({"prompt": "p", "hint": "h", "answer": answer}, ensure_ascii=False) for answer in some]

@@ -1,6 +1,6 @@
-"""A fork, to copy from: three recipes and a task of one's own, in a script that takes the flags of dopd.py.
+"""A fork, to copy from: four recipes and a task of one's own, in a script that takes the flags of dopd.py.
 
-    python tiny_tasks/fork.py --task double --recipe no_anchor privileged_js doubtful
+    python tiny_tasks/fork.py --task double --recipe no_anchor privileged_js cautious doubtful
 
 The files of the task are written once, into tiny_tasks/double/; delete them after a change of the task.
 """
@@ -8,9 +8,12 @@ The files of the task are written once, into tiny_tasks/double/; delete them aft
 import random
 import sys
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))        # not needed in a script beside dopd.py
+
+import torch                                                            # noqa: E402
 
 import dopd                                                             # noqa: E402
 from dopd import Author, Everywhere, Grade, Recipe, Regime, Row, uniform     # noqa: E402
@@ -18,6 +21,19 @@ from dopd import Author, Everywhere, Grade, Recipe, Regime, Row, uniform     # n
 rows = dopd.RECIPES["dopd"].rows
 dopd.RECIPES["no_anchor"] = Recipe(rows | {Regime.HS: Row("teacher", "reverse_kl", "top_k", 0.6)})
 dopd.RECIPES["privileged_js"] = uniform("privileged_teacher", "js", "full", 1.0)
+
+
+class Doubt(IntEnum):
+    UNSURE = len(Regime)                                                # a number that no regime has yet
+
+
+def unless_unsure(scores):
+    """A router: DOPD's regimes (N,), but where the teacher without the hint is unsure."""
+    return torch.where(scores["teacher"].entropy > 1.0, Doubt.UNSURE, dopd.by_advantage_gap(scores))
+
+
+dopd.RECIPES["cautious"] = Recipe(rows | {Doubt.UNSURE: Row("teacher", "reverse_kl", "full", 0.5)}, unless_unsure,
+                                  router_reads=("teacher", "privileged_teacher", "privileged_student"))
 
 
 def doubt(scores):
@@ -54,7 +70,7 @@ class Double:
     def grade(self, row: dict, tokens: list[str]) -> list[Grade]:
         """One for every token, the last of which is `<eos>` unless the completion was cut."""
         right = [*row["answer"], dopd.EOS]
-        return [Grade("stop" if i >= self.length else "execute", right[i:i + 1] == [token])
+        return [Grade("stop" if i >= len(row["answer"]) else "execute", right[i:i + 1] == [token])
                 for i, token in enumerate(tokens)]
 
 
