@@ -10,24 +10,24 @@ set -e
 cd "$(dirname "$0")/.."
 run() { python tiny_tasks/experiments.py "$@" --workers "${WORKERS:-2}"; }
 
-run main            # 23 min  table 1, and out of distribution (claims 1 and 12); 5 seeds
-run hints           #  9 min  figure 3: who reads the hint (2)
-run token_drop      #  4 min  figure 4: vanilla without 20% of the tokens (3)
-run hint_forms      # 22 min  table 4 (4)
-run regimes         #  6 min  table 6 (5)
-run objectives      #  4 min  table 7 (6)
-run ablations       #  2 min  table 8 (7)
-run betas           #  4 min  figure 10 (8)
-run sizes           #  7 min  table 3 (9)
-run stability       #  6 min  learning rates (10)
-run continual       # 16 min  rules, then simplify (11, 12)
-run audit           #  3 min  the router against the truth (13)
-run dials           # 28 min  the map (14)
-run anchor          #  4 min  live, slow and frozen privileged students (15)
+run main            # 24 min  table 1, and out of distribution (claims 1 and 12); 5 seeds
+run hints           #  5 min  figure 3: who reads the hint (2)
+run token_drop      #  2 min  figure 4: vanilla without 20% of the tokens (3)
+run hint_forms      # 16 min  table 4 (4)
+run regimes         #  3 min  table 6 (5)
+run objectives      #  2 min  table 7 (6)
+run ablations       #  1 min  table 8 (7)
+run betas           #  2 min  figure 10 (8)
+run sizes           #  5 min  table 3 (9)
+run stability       #  3 min  learning rates (10)
+run continual       # 12 min  rules, then simplify (11, 12)
+run audit           #  1 min  the router against the truth (13)
+run dials           # 20 min  the map (14)
+run anchor          #  3 min  live, slow and frozen privileged students (15)
 run overhead        #  2 min  seconds, tokens and memory of a step (16); nothing else may run meanwhile
-run rl              #  4 min  policy gradients and GRPO (17)
-run lengths         # 38 min  chains of 2 to 16 steps (18)
-run promise         # 12 min  the three conditions (19); 5 seeds
+run rl              #  2 min  policy gradients and GRPO (17)
+run lengths         # 23 min  chains of 2 to 16 steps (18)
+run promise         # 22 min  the three conditions (19); 5 seeds
 run benchmark       #  2 min  a step against TRL's; needs `pip install trl==1.16.0`, nothing else may run meanwhile
 
 run router          #  1 min  the figure of the README
