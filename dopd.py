@@ -1028,9 +1028,9 @@ def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -
     tokens, teacher, student = (torch.cat(parts) for parts in zip(*columns))                               # (N,)
     regimes = route(teacher, student, torch.ones_like(tokens, dtype=torch.bool))
     columns = (tokens, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
+    shown = zip(*(column[:sum(lengths[:count])].tolist() for column in columns))        # the others set the averages
     routed = [{"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_teacher,
-               "q_S": q_student, "A": gap}
-              for token, regime, q_teacher, q_student, gap in zip(*(column.tolist() for column in columns))]
+               "q_S": q_student, "A": gap} for token, regime, q_teacher, q_student, gap in shown]
     return [{"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": routed[end - length:end]}
             for row, length, end in zip(rows[:count], lengths, itertools.accumulate(lengths))]
 
@@ -1219,7 +1219,8 @@ def write_task(task: Rules | Simplify, folder: Path, train: int = 8192, held_out
                                 ("train", task, train)):
         lines, in_vain = [], 0
         while len(lines) < size:
-            row, in_vain = source.problem(rng), in_vain + 1
+            row = source.problem(rng)
+            in_vain += 1
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 lines.append(json.dumps(row) + "\n")
@@ -1253,7 +1254,8 @@ def read_row(line: str, form: str, where: str) -> dict:
     row = {"prompt": given.get("prompt"), "answer": given.get("answer"), "hint": "" if form == "none" else hint}
     for name, text in row.items():
         key = f'"hints": {{"{form}": ...}} or "hint", for --hint {form},' if name == "hint" else f'"{name}"'
-        require(isinstance(text, str), f"{where}: {key} must be a text, not {json.dumps(text)[:40]}")
+        if not isinstance(text, str):      # written out: for good rows nothing is to be dumped
+            raise InputError(f"{where}: {key} must be a text, not {json.dumps(text)[:40]}")
         require(not re.search("[\ud800-\udfff]", text),
                 f"{where}: {key} holds half a character (a lone surrogate); mend its \\u escapes")
     require(row["prompt"], f'{where}: "prompt" is empty; write what the student reads')
@@ -1555,8 +1557,6 @@ def main(argv: list[str]) -> int:
             return 0
         join_processes(config)
         run(config)
-        print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
-        return 0
     except KeyboardInterrupt:
         print(f"\ninterrupted{to_go_on(config)}", file=sys.stderr)
         return 130
@@ -1567,6 +1567,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         where = error.filename or (config and config.out)
         message = f"{where}: {error.strerror}; make room, or take another --out" if error.strerror else str(error)
+    else:
+        print(f"{time.perf_counter() - started:.0f} s; all of it is in {config.out}/")
+        return 0
     print(f"dopd.py: {message}", file=sys.stderr)
     return 2
 

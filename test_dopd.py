@@ -281,17 +281,13 @@ def test_sampled_token_has_the_gradient_of_the_divergence_on_average(objective):
 
 # ------------------------------------------------------------------------------------------------------------ router
 
-def every(tokens):
-    return torch.ones_like(tokens, dtype=torch.bool)
-
-
 def route(q_teacher, q_student, gap=None):
     """The regimes of these tokens; a gap given here stands for theirs."""
     q_teacher, q_student = torch.tensor(q_teacher), torch.tensor(q_student)
     with pytest.MonkeyPatch.context() as patch:
         if gap:
             patch.setattr(dopd, "advantage_gap", lambda teacher_logp, student_logp: torch.tensor(gap))
-        return names(dopd.route(q_teacher.log(), q_student.log(), every(q_teacher)))
+        return names(dopd.route(q_teacher.log(), q_student.log(), torch.ones_like(q_teacher, dtype=torch.bool)))
 
 
 def test_one_token_of_every_regime():

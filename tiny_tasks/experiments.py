@@ -488,17 +488,13 @@ def tabulate(frame: pandas.DataFrame, labels: list[str], columns: list[str], acr
         values = list(dict.fromkeys(frame[across]))
         heads, tables = [str(value) if across == "recipe" else f"{across} {value}" for value in values], []
         for column in columns:
-            lines = [[*key, *(dopd.mean_and_spread(known(part[part[across] == value][column])) for value in values)]
+            lines = [[*key, *(dopd.mean_and_spread(part[part[across] == value][column]) for value in values)]
                      for key, part in frame.groupby(labels, sort=False, dropna=False)]
             tables.append(f"{column}\n\n" + markdown([*labels, *heads], lines))
         return "\n".join(tables)
-    lines = [[*key, *(dopd.mean_and_spread(known(part[column])) for column in columns)]
+    lines = [[*key, *(dopd.mean_and_spread(part[column]) for column in columns)]
              for key, part in frame.groupby(labels, sort=False, dropna=False)]
     return markdown([*labels, *columns], lines)
-
-
-def known(values) -> list[float]:
-    return [value for value in values if not pandas.isna(value)]
 
 
 def markdown(head: list, lines: list[list]) -> str:
