@@ -848,6 +848,22 @@ def dials(seeds):
                 lines_over("value", panel="dial"), winners)
 
 
+@experiment(seeds=8)
+def doubts(seeds):
+    """Where routing pays: teachers that learned to doubt their hints, with more seeds, and a control without routing."""
+    names = ("vanilla", "privileged_teacher", "privileged_student", "dopd", "without routing", "dopd_ema")
+    cells = [cell(name, seed, {"teacher doubts": value}, teacher={"doubts": value})
+             for value in (0.5, 0.9, 1.0) for name in names for seed in seeds]
+
+    def against(frame):
+        lines = [[value, *(paired(part, "dopd", name) for name in names if name != "dopd")]
+                 for value, part in frame.groupby("teacher doubts", sort=False)]
+        return "DOPD's exact match minus that of\n\n" + markdown(
+            ["teacher doubts", *(name for name in names if name != "dopd")], lines)
+    return Plan(cells, ["exact match", "recall", "execute", "nll minus best"], "recipe", lines_over("teacher doubts"),
+                against)
+
+
 @experiment()
 def anchor(seeds):
     """The live privileged student against a frozen and a slowly moving copy."""

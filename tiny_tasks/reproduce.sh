@@ -23,6 +23,7 @@ run stability       #  3 min  learning rates (10)
 run continual       # 12 min  rules, then simplify (11, 12)
 run audit           #  1 min  the router against the truth (13)
 run dials           # 20 min  the map (14)
+run doubts          # 30 min  the one setting of the map where DOPD wins, and is it the routing? 8 seeds
 run anchor          #  3 min  live, slow and frozen privileged students (15)
 run overhead        #  2 min  seconds, tokens and memory of a step (16); nothing else may run meanwhile
 run rl              #  2 min  policy gradients and GRPO (17)
