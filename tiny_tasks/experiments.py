@@ -853,7 +853,7 @@ def doubts(seeds):
     """Where routing pays: teachers that learned to doubt their hints, with more seeds, and a control without routing."""
     names = ("vanilla", "privileged_teacher", "privileged_student", "dopd", "without routing", "dopd_ema")
     cells = [cell(name, seed, {"teacher doubts": value}, teacher={"doubts": value})
-             for value in (0.5, 0.9, 1.0) for name in names for seed in seeds]
+             for value in (0.9, 1.0) for name in names for seed in seeds]
 
     def against(frame):
         lines = [[value, *(paired(part, "dopd", name) for name in names if name != "dopd")]
