@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 from matplotlib import pyplot
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig,
@@ -395,13 +396,9 @@ def hidden_states(model, ids: torch.Tensor, attention: torch.Tensor, cache: Dyna
 
 def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, L) and where they are real, by length: the pad token may well be the EOS token."""
-    longest = max(map(len, sequences))
-    ids, real = [], []
-    for sequence in sequences:
-        gap = [0] * (longest - len(sequence))
-        ids.append([*gap, *sequence] if side == "left" else [*sequence, *gap])
-        real.append(gap + [1] * len(sequence) if side == "left" else [1] * len(sequence) + gap)
-    return torch.tensor(ids, device=device), torch.tensor(real, dtype=torch.bool, device=device)
+    ids = [torch.tensor(sequence) for sequence in sequences]
+    real = [torch.ones_like(sequence, dtype=torch.bool) for sequence in ids]
+    return pad_sequence(ids, True, 0, side).to(device), pad_sequence(real, True, False, side).to(device)
 
 
 # ----------------------------------------------------------------------------------------------------- 4. rollout
@@ -714,10 +711,6 @@ class Setup(NamedTuple):
     def score(self, policy: Policy, rows: list[dict], tokens: torch.Tensor, mask: torch.Tensor) -> TokenLogProbs:
         return score(policy.model, prompts_of(policy, rows), tokens, mask, self.vocabulary)
 
-    def micro_batches(self, rows: list[dict]) -> list[list[dict]]:
-        size = self.config.micro_batch or 1024
-        return [rows[start:start + size] for start in range(0, len(rows), size)]
-
 
 def prompts_of(policy: Policy, rows: list[dict]) -> list[list[int]]:
     """All in which the contexts of the four policies differ; the completion tokens are the same."""
@@ -948,7 +941,8 @@ def warm_start(task, role: str, config: Config, tokenizer, seed: int, held_out: 
     folder = Path("runs/warm_start") / f"{role}-{hashlib.sha256(shaped_by.encode()).hexdigest()[:16]}"
     if folder.exists():
         try:
-            return Qwen3ForCausalLM.from_pretrained(folder)
+            # A copy: at another alignment than new weights have, some processors round matrix products differently.
+            return copy.deepcopy(Qwen3ForCausalLM.from_pretrained(folder))
         except Exception as error:
             print(f"{folder}: damaged ({first_line(error)}); making it again")
     rng = random.Random(f"{role} {seed}")
@@ -988,7 +982,9 @@ def evaluate(setup: Setup, policy: Policy, split: str, samples: int = 4) -> dict
     set_seed("evaluate", split)
     rows = [row for row in setup.splits[split][:setup.config.eval_prompts] for _ in range(samples)]
     exact, stopped, entropies, nll, nll_best, right = [], [], [], [], [], defaultdict(list)
-    for part in setup.micro_batches(rows):
+    size = setup.config.micro_batch or 1024
+    for start in range(0, len(rows), size):
+        part = rows[start:start + size]
         tokens, mask = setup.rollout(policy, part)
         logp = setup.score(policy, part, tokens, mask)
         entropies += scores_of(logp, tokens, mask).entropy.tolist()
@@ -1018,21 +1014,18 @@ def mean(values: list) -> float | None:
 def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -> list[dict]:
     """A few completions of validation prompts, and what DOPD's router says of every token of them."""
     set_seed("routed_rollouts")
-    rows, columns, lengths = setup.splits["validation"][:64], [], []
-    for part in setup.micro_batches(rows):
-        tokens, mask = setup.rollout(policies["student"], part)
-        scores = (scores_of(setup.score(policies[name], part, tokens, mask), tokens, mask)
-                  for name in ("privileged_teacher", "privileged_student"))
-        columns.append((tokens[mask], *(of_policy.logp for of_policy in scores)))
-        lengths += mask.sum(1).tolist()
-    tokens, teacher, student = (torch.cat(parts) for parts in zip(*columns))                               # (N,)
-    regimes = route(teacher, student, torch.ones_like(tokens, dtype=torch.bool))
-    columns = (tokens, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
-    shown = zip(*(column[:sum(lengths[:count])].tolist() for column in columns))        # the others set the averages
-    routed = [{"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_teacher,
-               "q_S": q_student, "A": gap} for token, regime, q_teacher, q_student, gap in shown]
-    return [{"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": routed[end - length:end]}
-            for row, length, end in zip(rows[:count], lengths, itertools.accumulate(lengths))]
+    size = max(count, min(64, setup.config.micro_batch or 64))            # more than are shown: they set the averages
+    rows = setup.splits["validation"][:size]
+    tokens, mask = setup.rollout(policies["student"], rows)
+    teacher, student = (scores_of(setup.score(policies[name], rows, tokens, mask), tokens, mask).logp          # (N,)
+                        for name in ("privileged_teacher", "privileged_student"))
+    regimes = route(teacher, student, torch.ones_like(teacher, dtype=torch.bool))
+    columns = (tokens[mask], regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
+    routed = zip(*(column.tolist() for column in columns))
+    return [{"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": [
+        {"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_T, "q_S": q_S, "A": gap}
+        for token, regime, q_T, q_S, gap in itertools.islice(routed, length)]}
+        for row, length in zip(rows[:count], mask.sum(1).tolist())]
 
 
 # ------------------------------------------------------------------------------------------------------ 11. report
@@ -1305,11 +1298,10 @@ def encode(setup: Setup, path: Path, context: int) -> None:
             require(setup.tokenizer.unk_token_id not in row["hinted_ids"] + row["answer_ids"],
                     f"{where}: the tokenizer does not know a character of it, of its hint or answer, or of "
                     "--hint_template; leave it out")
-            try:
-                grades = setup.task.grade(row, [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS])
-            except (IndexError, ValueError):
-                raise InputError(f"{where}: no problem of --task {setup.config.task}; mend it, or take other "
-                                 "--data") from None
+            answer = [*setup.tokenizer.convert_ids_to_tokens(row["answer_ids"]), EOS]
+            with explained(f"{where}: no problem of --task {setup.config.task}", "; mend it, or take other --data",
+                           (IndexError, ValueError)):
+                grades = setup.task.grade(row, answer)
             row["reachable"] = all(grade.kind != "unlearnable" for grade in grades)
 
 

@@ -1013,9 +1013,9 @@ def test_going_on_with_smaller_micro_batches(monkeypatch):
     sizes, rollout = set(), dopd.rollout
     monkeypatch.setattr(dopd, "rollout", lambda model, prompts, *rest: sizes.add(len(prompts)) or rollout(
         model, prompts, *rest))
-    assert go("--resume run --micro-batch 2") == 0 and sizes == {2}
+    assert go("--resume run --micro-batch 2") == 0 and sizes == {2, 4}    # 4: those that are shown
     shown = [row["rollouts"] for row in rows_of("run") if row.get("rollouts")]
-    assert [len(rollouts) for rollouts in shown] == [4, 4]                # routed over all, from several micro-batches
+    assert [len(rollouts) for rollouts in shown] == [4, 4]
 
 
 @small
@@ -1138,6 +1138,8 @@ def test_warm_starts_are_kept(monkeypatch, capsys):
         for model, kept in zip(first, again):
             assert all(map(torch.equal, model.state_dict().values(), kept.state_dict().values()))
             assert all(weight.grad is None for weight in model.parameters())
+            # As those of new weights: where they lie decides how some processors round.
+            assert all(weight.data_ptr() % 64 == 0 for weight in kept.parameters())
         patch.setitem(dopd.TASKS, "rules", replace(dopd.TASKS["rules"], student=dopd.Author(32, 1, 5, 0.5)))
         for other in (config, replace(config, hint="answer")):           # another author, other hints: not the same
             with pytest.raises(AssertionError, match="trained again"):
