@@ -448,7 +448,7 @@ def js_divergence(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def top_k_with_tail(student: torch.Tensor, source: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both log-probs (..., V) on the student's k likeliest tokens and one bucket for all others: two (..., k+1).
 
-    Whose top-K, and what of the rest, the paper leaves open. Without the bucket the mass outside is free, and drains.
+    Whose top-K, and what of the rest, the paper leaves open. Without the bucket the mass outside costs nothing.
     """
     kept = student.topk(min(k, student.shape[-1]), -1).indices            # (..., k)
 
