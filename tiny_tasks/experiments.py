@@ -756,6 +756,14 @@ def choices(seeds):
     return Plan(cells, ["exact match", "entropy", "nll minus best"], "task", more=against)
 
 
+@experiment(seeds=5)
+def supports(seeds):
+    """The choice that makes a difference among `choices`, in the settings of the main comparison."""
+    names = ("dopd", *OTHER_SUPPORTS)
+    return Plan([cell(name, seed, {}, MAIN) for name in names for seed in seeds],
+                ["exact match", "recall", "execute", "entropy", "nll minus best"], more=differences)
+
+
 @experiment()
 def betas(seeds):
     """Figure 10: the weights of weak and of light supervision."""

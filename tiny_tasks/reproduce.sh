@@ -18,6 +18,7 @@ run regimes         #  3 min  table 6 (5)
 run objectives      #  2 min  table 7 (6)
 run ablations       #  1 min  table 8 (7)
 run choices         # 10 min  the other choice where the paper is silent; 5 seeds
+run supports        # 10 min  the choice among them that matters, at the size of main; 5 seeds
 run betas           #  2 min  figure 10 (8)
 run sizes           #  5 min  table 3 (9)
 run stability       #  3 min  learning rates (10)
