@@ -17,7 +17,7 @@ run hint_forms      # 16 min  table 4 (4)
 run regimes         #  3 min  table 6 (5)
 run objectives      #  2 min  table 7 (6)
 run ablations       #  1 min  table 8 (7)
-run choices         # 10 min  the other choice where the paper is silent; 5 seeds
+run choices         # 50 min  the other choice where the paper is silent; 5 seeds
 run supports        # 10 min  the choice among them that matters, at the size of main; 5 seeds
 run betas           #  2 min  figure 10 (8)
 run sizes           #  5 min  table 3 (9)
@@ -25,7 +25,7 @@ run stability       #  3 min  learning rates (10)
 run continual       # 12 min  rules, then simplify (11, 12)
 run audit           #  1 min  the router against the truth (13)
 run dials           # 20 min  the map (14)
-run doubts          # 30 min  the one setting of the map where DOPD wins, and is it the routing? 8 seeds
+run doubts          # 50 min  the one setting of the map where DOPD wins, and is it the routing? 8 seeds
 run anchor          #  3 min  live, slow and frozen privileged students (15)
 run overhead        #  2 min  seconds, tokens and memory of a step (16); nothing else may run meanwhile
 run rl              #  2 min  policy gradients and GRPO (17)
