@@ -711,6 +711,10 @@ class Setup(NamedTuple):
     def score(self, policy: Policy, rows: list[dict], tokens: torch.Tensor, mask: torch.Tensor) -> TokenLogProbs:
         return score(policy.model, prompts_of(policy, rows), tokens, mask, self.vocabulary)
 
+    def micro_batches(self, rows: list[dict]) -> list[list[dict]]:
+        size = self.config.micro_batch or 1024
+        return [rows[start:start + size] for start in range(0, len(rows), size)]
+
 
 def prompts_of(policy: Policy, rows: list[dict]) -> list[list[int]]:
     """All in which the contexts of the four policies differ; the completion tokens are the same."""
@@ -982,9 +986,7 @@ def evaluate(setup: Setup, policy: Policy, split: str, samples: int = 4) -> dict
     set_seed("evaluate", split)
     rows = [row for row in setup.splits[split][:setup.config.eval_prompts] for _ in range(samples)]
     exact, stopped, entropies, nll, nll_best, right = [], [], [], [], [], defaultdict(list)
-    size = setup.config.micro_batch or 1024
-    for start in range(0, len(rows), size):
-        part = rows[start:start + size]
+    for part in setup.micro_batches(rows):
         tokens, mask = setup.rollout(policy, part)
         logp = setup.score(policy, part, tokens, mask)
         entropies += scores_of(logp, tokens, mask).entropy.tolist()
@@ -1014,18 +1016,21 @@ def mean(values: list) -> float | None:
 def routed_rollouts(setup: Setup, policies: dict[str, Policy], count: int = 4) -> list[dict]:
     """A few completions of validation prompts, and what DOPD's router says of every token of them."""
     set_seed("routed_rollouts")
-    size = max(count, min(64, setup.config.micro_batch or 64))            # more than are shown: they set the averages
-    rows = setup.splits["validation"][:size]
-    tokens, mask = setup.rollout(policies["student"], rows)
-    teacher, student = (scores_of(setup.score(policies[name], rows, tokens, mask), tokens, mask).logp          # (N,)
-                        for name in ("privileged_teacher", "privileged_student"))
-    regimes = route(teacher, student, torch.ones_like(teacher, dtype=torch.bool))
-    columns = (tokens[mask], regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
-    routed = zip(*(column.tolist() for column in columns))
-    return [{"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": [
-        {"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_T, "q_S": q_S, "A": gap}
-        for token, regime, q_T, q_S, gap in itertools.islice(routed, length)]}
-        for row, length in zip(rows[:count], mask.sum(1).tolist())]
+    rows, columns, lengths = setup.splits["validation"][:64], [], []
+    for part in setup.micro_batches(rows):
+        tokens, mask = setup.rollout(policies["student"], part)
+        scores = (scores_of(setup.score(policies[name], part, tokens, mask), tokens, mask)
+                  for name in ("privileged_teacher", "privileged_student"))
+        columns.append((tokens[mask], *(of_policy.logp for of_policy in scores)))
+        lengths += mask.sum(1).tolist()
+    tokens, teacher, student = (torch.cat(parts) for parts in zip(*columns))                               # (N,)
+    regimes = route(teacher, student, torch.ones_like(tokens, dtype=torch.bool))
+    columns = (tokens, regimes, teacher.exp(), student.exp(), advantage_gap(teacher, student))
+    shown = zip(*(column[:sum(lengths[:count])].tolist() for column in columns))        # the others set the averages
+    routed = [{"token": setup.tokenizer.decode([token]), "regime": Regime(regime).name, "q_T": q_teacher,
+               "q_S": q_student, "A": gap} for token, regime, q_teacher, q_student, gap in shown]
+    return [{"prompt": row["prompt"], "hint": row["hint"], "answer": row["answer"], "tokens": routed[end - length:end]}
+            for row, length, end in zip(rows[:count], lengths, itertools.accumulate(lengths))]
 
 
 # ------------------------------------------------------------------------------------------------------ 11. report

@@ -79,10 +79,14 @@ def shuffled(scores) -> torch.Tensor:
     return regimes[torch.randperm(len(regimes), generator=torch.Generator().manual_seed(len(regimes)))]
 
 
+def gap_of(scores) -> torch.Tensor:
+    return dopd.advantage_gap(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
+
+
 def drop(which: str, share: float = 0.2) -> Callable:
     """Leaves out this share of the tokens: those of the highest or the lowest gap, or any."""
     def router(scores):
-        gap = dopd.advantage_gap(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
+        gap = gap_of(scores)
         rank = {"highest": -gap, "lowest": gap,
                 "random": torch.rand(len(gap), generator=torch.Generator().manual_seed(len(gap)))}[which]
         dropped = rank.argsort()[:round(share * len(gap))]
@@ -135,7 +139,7 @@ def outliers_averaged(scores):
 
 
 def outliers_untrained(scores):
-    gap = dopd.advantage_gap(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
+    gap = gap_of(scores)
     return DOPD.router(scores).masked_fill(gap > gap.quantile(0.95), -1)
 
 
@@ -173,7 +177,7 @@ RECIPES = {
     "outliers in the averages": changed(router=outliers_averaged),
     "outliers untrained": changed(router=outliers_untrained),
     "mean over all tokens": Recipe({regime: row._replace(
-        weight=over_all_tokens(getattr(dopd.Config, str(row.weight), 1.0)))
+        weight=over_all_tokens(getattr(dopd.Config, str(row.weight), row.weight)))
         for regime, row in DOPD.rows.items()}),
     "one objective": changed(objective="reverse_kl"),
     "one support": changed(support="top_k"),
