@@ -6,25 +6,20 @@ agree with the teacher? If yes, a light correction is enough. If no, the one tha
 
     python dopd.py                       # the CPU experiment: two minutes, then look into runs/
     python dopd.py --task rules          # the other task
-    python dopd.py --resume runs/NAME    # continue after an interruption
     python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda --dtype bfloat16 \\
         --recipe dopd --lr 5e-6 --top_k 128 --batch_size 128 --micro_batch 8
 
-Shapes: B completions; T tokens in the longest one; N tokens in all completions, joined end to end without padding;
-V tokens in the vocabulary; H hidden size; R rows of a recipe. Logarithms are natural: divergences, entropies and gaps
-are in nats.
+Shapes: B completions; T tokens in the longest one; N tokens in all of them, joined end to end without padding; V tokens
+in the vocabulary; H hidden size; R rows of a recipe. All logarithms are natural; divergences and gaps are in nats.
 """
 
 import copy
-import inspect
 import json
 import math
 import random
 import re
 import sys
 import tempfile
-import time
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -51,7 +46,7 @@ class Config:
     """All flags. The defaults are the CPU experiment."""
     task: str = HfArg(default="shortcut", help="synthetic task of the tiny policies: shortcut or rules")
     recipe: list[str] = HfArg(default_factory=lambda: [*RECIPES][:4], help="one or more methods to compare")
-    hint: str = HfArg(default="steps", help="form of the hint: steps, execution, answer, summary or none")
+    hint: str = HfArg(default="steps", help="form of the hint; of the tiny tasks: steps, execution or none")
     seed: int = HfArg(default=0, help="of the warm start, the rollouts and the order of the data")
     steps: int = HfArg(default=160, help="optimizer steps; 0 evaluates only; paper: 200")
     batch_size: int = HfArg(default=32, help="prompts per optimizer step; paper: 128")
@@ -59,8 +54,6 @@ class Config:
     micro_batch: int = HfArg(default=0, help="completions per forward pass, 0 for all; bounds the memory")
     lr: float = HfArg(default=1e-4, help="peak learning rate, cosine to a tenth; paper: 5e-6")
     top_k: int = HfArg(default=4, help="tokens in the top-K support, besides the tail; paper: 128")
-    beta_light: float = HfArg(default=0.6, help="weight of light supervision, regimes LH and HS; paper: 0.6")
-    beta_weak: float = HfArg(default=0.3, help="weight of weak supervision, regime LL; paper: 0.3")
     teacher: str = HfArg(default="", help="Hugging Face causal LM, name or folder; empty: a tiny one learns the task")
     student: str = HfArg(default="", help="the same for the student; both share one tokenizer")
     data: str = HfArg(default="", help="what datasets.load_dataset opens, with columns prompt, answer, hint or hints")
@@ -69,22 +62,23 @@ class Config:
     max_new_tokens: int = HfArg(default=0, help="tokens of the longest completion; 0: the task's, 512 for --data")
     device: str = HfArg(default="cpu", help="cpu, cuda, cuda:1, mps")
     dtype: str = HfArg(default="float32", help="of the computation", metadata={"choices": ["float32", "bfloat16"]})
-    eval_every: int = HfArg(default=40, help="steps between validations, each with a checkpoint")
-    eval_prompts: int = HfArg(default=256, help="prompts per validation")
-    test_prompts: int = HfArg(default=1200, help="prompts of the final test")
+    eval_every: int = HfArg(default=40, help="steps between validations, at which the student is saved")
+    test_prompts: int = HfArg(default=1200, help="prompts of the final test; a validation takes at most 256")
     out: str = HfArg(default="", help="folder of the run; empty: a new one in runs/")
-    resume: str = HfArg(default="", help="continue the run in this folder, with the flags that it was started with")
 
     def __post_init__(self):
         require(self.task in TASKS, f"--task {self.task}: must be one of {', '.join(TASKS)}")
-        require({*self.recipe} <= {*RECIPES}, f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}")
+        require({*self.recipe} <= {*RECIPES} and len({*self.recipe}) == len(self.recipe),
+                f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}, each at most once")
         for name, value in vars(self).items():
             least = 1 if name.endswith(("_size", "rollouts", "top_k", "_every", "_prompts")) else 0
             require(isinstance(value, (str, list)) or least <= value < math.inf, f"--{name} {value}: at least {least}")
         require(bool(self.teacher) == bool(self.student) >= bool(self.data), "--data needs --teacher and --student")
         template = self.hint_template or "{hint}{prompt}"
-        require("{hint}" in template and "{prompt}" in template, "--hint_template: must have {hint} and {prompt}")
-        require("\\n" not in template, "--hint_template: has a backslash and an n; in bash, write $'...\\n...'")
+        require("{hint}" in template and "{prompt}" in template and "\\n" not in template,
+                "--hint_template: needs {hint} and {prompt}, and no backslash-n; for a new line, $'...\\n...' in bash")
+        with explained(f"--answer_regex {self.answer_regex}"):
+            require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
 
 
 def require(condition, message: str) -> None:
@@ -100,8 +94,6 @@ def explained(given: str):
     try:
         yield
     except Exception as error:
-        while error.__cause__:
-            error = error.__cause__
         require(False, f"{given}: {type(error).__name__}: {' '.join(str(error).split())[:240]}")
 
 
@@ -137,11 +129,9 @@ class Rules(NamedTuple):
         start = rng.randrange(10)
         names = "".join(rng.choice("klm" if rng.random() < 0.2 else "abcdefghij") for _ in range(3))
         digits = self.recall(names, 10, rng)
-        return {"prompt": f"{start}{names}=", "answer": self.work(start, digits), "hints": self.hints(start, digits)}
-
-    def hints(self, start: int, digits: list[int]) -> dict[str, str]:
-        worked, total = self.work(start, digits), f"{sum(digits):02d}"
-        return {"steps": worked[::2], "execution": worked, "answer": worked[-1], "summary": total, "none": ""}
+        worked = self.work(start, digits)
+        hints = {"steps": worked[::2], "execution": worked, "none": ""}
+        return {"prompt": f"{start}{names}=", "answer": worked, "hints": hints}
 
     def recall(self, names: str, knows: int, rng: random.Random) -> list[int]:
         """The digits that the names stand for, or a guess."""
@@ -151,17 +141,15 @@ class Rules(NamedTuple):
     def work(self, value: int, digits: list[int], slips: float = 0.0, rng=random) -> str:
         written = ""
         for digit in digits:
-            slip = value + digit > 9 and rng.random() < slips
-            value = (value + digit + slip) % 10
+            value = (value + digit + (value + digit > 9 and rng.random() < slips)) % 10
             written += f"{digit}{value}"
         return written
 
     def solution(self, row: dict, form: str, author: Author, rng: random.Random) -> str:
         """What the author writes after the prompt, having read the hint of this form."""
-        start, digits, told = int(row["prompt"][0]), list(map(int, row["answer"][::2])), form in ("steps", "execution")
-        while not told:                    # guesses have to agree with what the hint says about the end
+        start, digits = int(row["prompt"][0]), [int(digit) for digit in row["answer"][::2]]
+        if form == "none":
             digits = self.recall(row["prompt"][1:-1], author.knows, rng)
-            told = self.hints(start, digits)[form] == row["hints"][form]
         worked = self.work(start, digits, 0.0 if form == "execution" else author.slips, rng)
         skips = author.skips if form == "none" else author.skips_hinted
         return f"={worked[-1]}" if rng.random() < skips else worked
@@ -184,16 +172,14 @@ class Rules(NamedTuple):
 
 class OwnData(NamedTuple):
     """Rows of --data, for real models. The answer is the last match of a regular expression, or of its group."""
-    answer: re.Pattern
+    answer_regex: str
     hint_template: str = "{prompt}\n\nHint: {hint}"
     max_new_tokens: int = 512
+    grade = staticmethod(lambda row, tokens: [])                          # nobody knows what a real token asks for
 
     def check(self, row: dict, completion: str) -> bool:
-        matches = self.answer.findall(completion)
+        matches = re.findall(self.answer_regex, completion)
         return bool(matches) and matches[-1].strip() == row["answer"].strip()
-
-    def grade(self, row: dict, tokens: list[str]) -> list:
-        return []                          # nobody knows what a token of real text asks for
 
 
 STRONG, WEAK = Author(layers=3, hinted=0.5, knows=7), Author(layers=2, hinted=0.3, knows=4, slips=0.6)
@@ -202,19 +188,17 @@ TASKS = {"rules": Rules(STRONG, WEAK),
 
 
 # ---------------------------------------------------------------------------------- 3. policies: score and sample
-class Policy(NamedTuple):
-    """A model and what it reads of a row: "plain" (student, teacher) or "hinted" (privileged student, privileged
-    teacher), the token ids of the prompt without or with the hint. All four score the same completion tokens."""
-    model: transformers.PreTrainedModel
-    reads: str
+# A model and what it reads of a row: "plain" (student, teacher) or "hinted" (privileged student, privileged teacher),
+# the token ids of the prompt without or with the hint. All four score the same completion tokens.
+Policy = NamedTuple("Policy", [("model", transformers.PreTrainedModel), ("reads", str)])
 
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_batch: int = 0) -> Callable:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row. Returns a function
     from an index (n,) to (n, V). It keeps hidden states (N, H): for a real vocabulary they are 70 times smaller."""
-    model = policy.model
-    hidden = torch.cat([hidden_states(policy, rows[part], completions[part])
-                        for part in slices(len(rows), micro_batch)])
+    model, size = policy.model, micro_batch or len(rows)
+    hidden = torch.cat([hidden_states(policy, rows[i:i + size], completions[i:i + size])
+                        for i in range(0, len(rows), size)])              # (N, H)
     return lambda index: model.get_output_embeddings()(hidden[index])[..., :model.vocabulary].float().log_softmax(-1)
 
 
@@ -233,10 +217,9 @@ def hidden_states(policy: Policy, rows: list[dict], completions: list[list[int]]
         cache, shared = DynamicCache(config=model.config), distinct.shape[1] - 1
 
     def read(ids, attention):
-        options = {"past_key_values": cache} if shared else {}
-        if model.takes_positions:
-            options["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        return model.base_model(ids, attention_mask=attention.long(), use_cache=shared > 0, **options).last_hidden_state
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        return model.base_model(ids, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
+                                use_cache=shared > 0).last_hidden_state
 
     if shared:
         read(distinct[:, :shared], real[:, :shared])
@@ -251,26 +234,20 @@ def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]
     return pad_sequence(ids, True, 0, side).to(device), pad_sequence(real, True, False, side).to(device)
 
 
-def slices(count: int, size: int) -> list[slice]:
-    """Micro-batches: `count` things, `size` at a time, 0 for all at once."""
-    return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
-
-
 @torch.no_grad()
 def rollout(policy: Policy, rows: list[dict], micro_batch: int = 0) -> list[list[int]]:
     """One completion per row from the policy's own distribution, up to and including its EOS (or max_new_tokens).
     Temperature 1, no top-k, no top-p: `load` has replaced the checkpoint's own settings."""
-    completions, eos_ids = [], policy.model.generation_config.eos_token_id
-    for part in slices(len(rows), micro_batch):
-        prompts, real = pad([row[policy.reads] for row in rows[part]], "left", policy.model.device)
+    completions, size = [], micro_batch or len(rows)
+    for i in range(0, len(rows), size):
+        prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", policy.model.device)
         for ids in policy.model.generate(prompts, attention_mask=real.long())[:, prompts.shape[1]:].tolist():
-            end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))
-            completions.append(ids[:end + 1])
+            ends = [place for place, token in enumerate(ids) if token in policy.model.generation_config.eos_token_id]
+            completions.append(ids[:ends[0] + 1] if ends else ids)
     return completions
 
 
 # -------------------------------------------------------------------------------------- 4. divergences and router
-# Each takes log-probs (..., V) of the student and of a source and returns (...), in nats.
 def reverse_kl(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """KL(student || source), (..., V) -> (...), nats: what the source finds unlikely, so must the student.
     A token that the student rules out (log-prob -inf) counts 0; one that only the source rules out, infinity."""
@@ -283,14 +260,10 @@ def forward_kl(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def js_divergence(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon, (..., V) -> (...), at most ln 2 nats: the mean of KL(source || m) and KL(student || m),
-    where m is the even mixture of both."""
+    """Jensen-Shannon, (..., V) -> (...), at most ln 2 nats: mean of KL(source || m) and KL(student || m), m halfway."""
     lowest = torch.finfo(student.dtype).min                               # logaddexp(-inf, -inf) has no gradient
     mixture = torch.logaddexp(student.clamp(min=lowest), source.clamp(min=lowest)) - math.log(2)
     return 0.5 * (reverse_kl(source, mixture) + reverse_kl(student, mixture))
-
-
-DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
 
 
 def top_k_with_tail(student: torch.Tensor, source: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,7 +274,6 @@ def top_k_with_tail(student: torch.Tensor, source: torch.Tensor, k: int) -> tupl
     def bucket(logp):
         others = logp.scatter(-1, kept, torch.finfo(logp.dtype).min)      # not -inf: logsumexp needs one number
         return torch.cat([logp.gather(-1, kept), others.logsumexp(-1, keepdim=True)], -1)
-
     return bucket(student), bucket(source)
 
 
@@ -327,8 +299,7 @@ def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Te
     regimes = torch.full(mask.shape, -1, device=mask.device)
     if not mask.any():
         return regimes
-    wide = torch.promote_types(teacher_logp.dtype, torch.float32)         # averages in bfloat16 would be coarse
-    teacher_logp, student_logp = teacher_logp.to(wide), student_logp.to(wide)
+    teacher_logp, student_logp = teacher_logp.float(), student_logp.float()      # bfloat16 would be too coarse
     gap, q_teacher, q_student = advantage_gap(teacher_logp, student_logp), teacher_logp.exp(), student_logp.exp()
     ascending = gap[mask].sort().values                                   # torch.quantile takes 16 million at most
     typical = mask & (gap <= ascending[95 * (len(ascending) - 1) // 100])          # the top 5% stay out of averages
@@ -343,10 +314,8 @@ def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Te
 
 
 # -------------------------------------------------------------------------------------------- 5. recipes and loss
-class Scores(NamedTuple):
-    """What a router sees of one policy, for the N completion tokens of the optimizer batch."""
-    logp: torch.Tensor     # (N,) of the sampled tokens
-    entropy: torch.Tensor  # (N,)
+# What a router sees of one policy, (N,) each: log-probs of the sampled tokens, entropies of their predictions (nats).
+Scores = NamedTuple("Scores", [("logp", torch.Tensor), ("entropy", torch.Tensor)])
 
 
 class Row(NamedTuple):
@@ -355,7 +324,7 @@ class Row(NamedTuple):
     source: str            # teacher, privileged_teacher or privileged_student
     objective: str         # a key of DIVERGENCES
     support: str           # "full", or "top_k": the student's top-K and a tail
-    weight: float | str | Callable         # a number, "beta_light" or "beta_weak", or {policy: Scores} -> (N,)
+    weight: float | Callable               # a number, or {policy: Scores} -> (N,)
 
 
 class Recipe(NamedTuple):
@@ -363,8 +332,7 @@ class Recipe(NamedTuple):
     rows: list[Row]
     router: Callable | None = None         # {policy: Scores} -> regimes (N,); None: all tokens are in Regime.ALL
     router_reads: tuple = ()               # the policies whose scores the router gets
-    anchor_decay: float = 0.0              # the privileged student is, at 0: the student itself, live; at 1: its frozen
-    #                                        copy from before training; in between: a moving average of the student
+    anchor_decay: float = 0.0              # privileged student: 0 live, 1 frozen, between: an average
 
 
 def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
@@ -373,23 +341,25 @@ def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
     return route(teacher, student, torch.ones_like(teacher, dtype=torch.bool))
 
 
-DOPD = Recipe([
-    #   regime     source                objective     support  weight
-    Row(Regime.LH, "privileged_teacher", "reverse_kl", "top_k", "beta_light"),
-    Row(Regime.LL, "privileged_student", "reverse_kl", "top_k", "beta_weak"),
-    Row(Regime.HT, "privileged_teacher", "js", "full", 1.0),
-    Row(Regime.HS, "privileged_student", "reverse_kl", "top_k", "beta_light"),
-], by_advantage_gap, router_reads=("privileged_teacher", "privileged_student"))
+def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 0.0) -> Recipe:
+    """The paper's method, with its weights."""
+    return Recipe([
+        #   regime     source                objective     support  weight
+        Row(Regime.LH, "privileged_teacher", "reverse_kl", "top_k", beta_light),
+        Row(Regime.LL, "privileged_student", "reverse_kl", "top_k", beta_weak),
+        Row(Regime.HT, "privileged_teacher", "js", "full", 1.0),
+        Row(Regime.HS, "privileged_student", "reverse_kl", "top_k", beta_light),
+    ], by_advantage_gap, ("privileged_teacher", "privileged_student"), anchor_decay)
+
 
 RECIPES = {
     "vanilla": Recipe([Row(Regime.ALL, "teacher", "reverse_kl", "full", 1.0)]),
     "privileged_teacher": Recipe([Row(Regime.ALL, "privileged_teacher", "reverse_kl", "full", 1.0)]),
-    "dopd": DOPD,                          # as published
-    "dopd_frozen": DOPD._replace(anchor_decay=1.0),
+    "dopd": dopd(),                        # as published
+    "dopd_frozen": dopd(anchor_decay=1.0),
     "privileged_student": Recipe([Row(Regime.ALL, "privileged_student", "reverse_kl", "full", 1.0)]),
 }
-
-
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
 AT_ONCE = 512              # tokens whose log-probs (n, V) exist at the same time, however many there are in all
 
 
@@ -403,16 +373,13 @@ def token_scores(logp: Callable, tokens: torch.Tensor) -> Scores:
     return Scores(*map(torch.cat, zip(*parts)))
 
 
-def assign(recipe: Recipe, scores: dict[str, Scores], lengths: torch.Tensor, betas: dict) -> tuple[torch.Tensor, ...]:
+def assign(recipe: Recipe, scores: dict[str, Scores], lengths: torch.Tensor) -> tuple:
     """The regimes (N,), and the weight of every row on every token (R, N): all that depends on the whole batch.
     Each of the |y| tokens of a completion gets 1/|y|, and all completions (B,) count the same."""
     shares = (1 / lengths).repeat_interleave(lengths) / len(lengths)                         # (N,)
     regimes = recipe.router(scores) if recipe.router else torch.full_like(shares, Regime.ALL, dtype=torch.long)
-    weights = []
-    for row in recipe.rows:
-        weight = row.weight(scores) if callable(row.weight) else betas.get(row.weight, row.weight)
-        weights.append(weight * shares * (regimes == row.regime))
-    return regimes, torch.stack(weights)
+    weights = [row.weight(scores) if callable(row.weight) else row.weight for row in recipe.rows]
+    return regimes, torch.stack([w * shares * (regimes == row.regime) for w, row in zip(weights, recipe.rows)])
 
 
 def recipe_loss(recipe: Recipe, student: Callable, sources: dict, weights: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -425,7 +392,6 @@ def recipe_loss(recipe: Recipe, student: Callable, sources: dict, weights: torch
         if row.support == "top_k":
             student_logp, source_logp = top_k_with_tail(student_logp, source_logp, top_k)
         return DIVERGENCES[row.objective](student_logp, source_logp)      # (n,)
-
     total = weights.new_zeros(())
     for row, weight in zip(recipe.rows, weights):
         for index in weight.nonzero()[:, 0].split(AT_ONCE):
@@ -435,8 +401,7 @@ def recipe_loss(recipe: Recipe, student: Callable, sources: dict, weights: torch
 
 
 def dopd_loss(student: torch.Tensor, privileged_teacher: torch.Tensor, privileged_student: torch.Tensor,
-              tokens: torch.Tensor, mask: torch.Tensor, *, top_k: int, beta_light: float = 0.6,
-              beta_weak: float = 0.3) -> torch.Tensor:
+              tokens: torch.Tensor, mask: torch.Tensor, *, top_k: int, beta_light: float = 0.6, beta_weak: float = 0.3):
     """The loss of DOPD in one call, to use elsewhere: log-probs (B, T, V), tokens (B, T), mask (B, T) bool -> scalar,
     in nats. Raises ValueError for shapes that do not fit, and for log-probs whose probabilities do not sum to 1."""
     given = {"student": student, "privileged_teacher": privileged_teacher, "privileged_student": privileged_student}
@@ -446,10 +411,10 @@ def dopd_loss(student: torch.Tensor, privileged_teacher: torch.Tensor, privilege
         if not (logp[mask].detach().float().logsumexp(-1).abs() < 0.05).all():
             raise ValueError(f"{name}: no log-probs; take log_softmax of the logits first")
     logps = {name: logp[mask].__getitem__ for name, logp in given.items()}                   # (N, V)
-    scores = {name: token_scores(logps[name], tokens[mask]) for name in DOPD.router_reads}
-    lengths = mask.sum(1)
-    regimes, weights = assign(DOPD, scores, lengths[lengths > 0], {"beta_light": beta_light, "beta_weak": beta_weak})
-    return recipe_loss(DOPD, logps["student"], logps, weights, top_k)
+    recipe, lengths = dopd(beta_light, beta_weak), mask.sum(1)
+    scores = {name: token_scores(logps[name], tokens[mask]) for name in recipe.router_reads}
+    _, weights = assign(recipe, scores, lengths[lengths > 0])
+    return recipe_loss(recipe, logps["student"], logps, weights, top_k)
 
 
 # -------------------------------------------------------------------------------------------------- 6. training step
@@ -460,23 +425,20 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
     completions = rollout(student, rows, config.micro_batch)
     tokens = torch.tensor(sum(completions, []), device=student.model.device)                 # (N,)
     lengths = torch.tensor([len(completion) for completion in completions], device=tokens.device)
-
     # 2. The other policies score the same tokens, without gradient, before the student learns from any of them.
-    names = {row.source for row in recipe.rows} | set(recipe.router_reads)
+    names = sorted({row.source for row in recipe.rows} | {*recipe.router_reads})
     with torch.no_grad():
-        sources = {name: score(policies[name], rows, completions, config.micro_batch) for name in sorted(names)}
+        sources = {name: score(policies[name], rows, completions, config.micro_batch) for name in names}
     scores = {name: token_scores(sources[name], tokens) for name in recipe.router_reads}
-
     # 3. Averages over the whole batch decide where each token goes.
-    regimes, weights = assign(recipe, scores, lengths, vars(config))                         # (N,), (R, N)
-
+    regimes, weights = assign(recipe, scores, lengths)                   # (N,), (R, N)
     # 4. The student learns, one micro-batch after the other.
-    total, entropies, end = 0.0, [], 0
-    for part in slices(len(rows), config.micro_batch):
-        start, end = end, end + int(lengths[part].sum())                  # its tokens among the N
+    total, entropies, end, size = 0.0, [], 0, config.micro_batch or len(rows)
+    for i in range(0, len(rows), size):
+        start, end = end, end + int(lengths[i:i + size].sum())            # its tokens among the N
         of_part = torch.zeros_like(weights)
         of_part[:, start:end] = weights[:, start:end]
-        logp = score(student, rows[part], completions[part])
+        logp = score(student, rows[i:i + size], completions[i:i + size])
         loss = recipe_loss(recipe, lambda index: logp(index - start), sources, of_part, config.top_k)
         if loss.requires_grad:             # else no token of this part is trained on
             loss.backward()
@@ -486,40 +448,36 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
     require(math.isfinite(total + norm), f"loss {total}, gradient {norm}: not finite; try a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
-    first = slice(0, 8 * config.rollouts, config.rollouts)                # of the first eight prompts, one rollout each
-    shown = zip(rows[first], completions[first], regimes.split(lengths.tolist())[first])
+    shown = zip([row["prompt"] for row in rows], completions, map(torch.Tensor.tolist, regimes.split(lengths.tolist())))
     return {"loss": total, "entropy": torch.cat(entropies).mean().item(), "grad_norm": norm, "tokens": len(tokens),
             "regime_share": {row.regime.name: (regimes == row.regime).float().mean().item() for row in recipe.rows},
-            "rollouts": [(row["prompt"], ids, of_ids.tolist()) for row, ids, of_ids in shown]}
+            "rollouts": [*shown][::config.rollouts][:4]}
 
 
 # ------------------------------------------------------------------------------------------------------ 7. warm start
 def warm_start(task, role: str, config: Config, held_out: set[str], steps: int = 200) -> str:
-    """Teaches a tiny Qwen3, which reads and writes single characters, what its author writes. Saves it in a folder:
-    from here on it is a checkpoint like any other."""
+    """Teaches a tiny Qwen3, of single characters, what its author writes. Returns the folder of the checkpoint."""
     torch.manual_seed(config.seed)
     author, rng = getattr(task, role), random.Random(config.seed)
     ids = {character: i for i, character in enumerate(["<eos>", *task.CHARACTERS])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    words.decoder = tokenizers.decoders.Fuse()
+    words.pre_tokenizer, words.decoder = tokenizers.pre_tokenizers.Split("", "isolated"), tokenizers.decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=author.layers, head_dim=32,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=0.06))
-    model.vocabulary, model.shares_prompts, model.takes_positions = len(tokenizer), False, True
+        vocab_size=len(ids), hidden_size=128, intermediate_size=384, num_hidden_layers=author.layers, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=0, initializer_range=0.06))
+    model.vocabulary, model.shares_prompts = len(ids), False
     adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), f"warm start of the {role}", unit="step"):
-        rows, completions = [], []
-        while len(rows) < 128:
+        prompts, solutions = [], []
+        while len(prompts) < 128:
             row, form = task.problem(rng), config.hint if rng.random() < author.hinted else "none"
             if row["prompt"] not in held_out:
-                rows.append({"plain": tokenizer(with_hint(row, form, task.hint_template)).input_ids})
-                completions.append(tokenizer(task.solution(row, form, author, rng)).input_ids + [0])
+                prompts.append(with_hint(row, form, task.hint_template))
+                solutions.append(task.solution(row, form, author, rng) + "<eos>")
+        rows, completions = [{"plain": ids} for ids in tokenizer(prompts).input_ids], tokenizer(solutions).input_ids
         logp = score(Policy(model, "plain"), rows, completions)(slice(None))                 # (N, V)
-        loss = -logp.gather(1, torch.tensor(sum(completions, []))[:, None]).mean()
-        loss.backward()
+        (-logp.gather(1, torch.tensor(sum(completions, []))[:, None]).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         adamw.step()
@@ -532,37 +490,32 @@ def warm_start(task, role: str, config: Config, held_out: set[str], steps: int =
 
 # ---------------------------------------------------------------------------------------- 8. evaluation and report
 COLOURS = ("#b7dfb7", "#d0d0d0", "#9cc2f5", "#ffbf7a", "#e3b7e8", "#f5a3a3", "#f2e58f", "#a8e0de")      # of regimes
-COLUMNS = {"exact": "exact match", "hinted exact": "with hint", "skips": "skips the working", "recall": "recall",
-           "execute": "execute", "entropy": "entropy", "unlearnable entropy": "entropy on unlearnable (best 1.28)"}
 
 
 @torch.no_grad()
 def evaluate(policy: Policy, rows: list[dict], task, tokenizer, config: Config) -> dict:
-    """Shares and means over one sampled completion of every row. exact: right, among rows that need no guess; stop: it
-    ended by itself; the kinds that the task grades, such as recall; entropy: of the next token, in nats."""
+    """Means over one sampled completion of every row. Exact match: it is right and ended by itself, among the rows that
+    need no guess. The kinds that the task grades: the share of yes. Entropy of the next token, in nats."""
     torch.manual_seed(config.seed)
     completions = rollout(policy, rows, config.micro_batch)
     tokens = torch.tensor(sum(completions, []), device=policy.model.device)
     entropies = token_scores(score(policy, rows, completions, config.micro_batch), tokens).entropy.tolist()
-    values, first = defaultdict(list, entropy=entropies), 0
+    values, first = {"exact match": [], "entropy": entropies, "entropy, wild (best 1.28)": []}, 0
     for row, ids in zip(rows, completions):
         stops = ids[-1] in policy.model.generation_config.eos_token_id
         right = task.check(row, tokenizer.decode(ids[:-1] if stops else ids, skip_special_tokens=True))
-        values["stop"].append(stops)
-        if right is not None:
-            values["exact"].append(stops and right)
+        values["exact match"] += [stops and right] if right is not None else []
         for place, kind, correct in task.grade(row, tokenizer.convert_ids_to_tokens(ids)):
-            values[kind].append(correct)
-            values[f"{kind} entropy"].append(entropies[first + place])
+            values.setdefault(kind, []).append(correct)
+            values["entropy, wild (best 1.28)"] += [entropies[first + place]] if kind == "unlearnable" else []
         first += len(ids)
-    return {name: sum(each) / len(each) for name, each in values.items()}
+    return {name: sum(each) / len(each) for name, each in values.items() if each}
 
 
 def report(log: list[dict], tokenizer, folder: str) -> None:
-    """Rollouts coloured by regime and the table: in the terminal, tokens.html and report.md. curves.png: accuracy,
-    entropy, and for every recipe with a router the share of the tokens in each regime."""
+    """Prints the coloured rollouts and the table, and writes them (tokens.html, report.md), the log and curves.png."""
     terminal = console.Console(record=True, width=120)
-    for row in [row for row in log if "rollouts" in row and RECIPES[row["recipe"]].router]:
+    for row in [row for row in log if "validation" in row and RECIPES[row["recipe"]].router]:
         regimes = dict.fromkeys(line.regime for line in RECIPES[row["recipe"]].rows)
         terminal.print(f"\n{row['recipe']}, step {row['step']}: rollouts of the student, every token in its regime",
                        *(text.Text(f" {regime.name} ", f"black on {COLOURS[regime % 8]}") for regime in regimes))
@@ -572,25 +525,24 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
                 line.append(tokenizer.decode([token]), f"black on {COLOURS[regime % 8]}" if regime in regimes else "")
             terminal.print(line)
     tests = pandas.DataFrame({row["recipe"]: row["test"] for row in log if "test" in row}).T
-    tests = tests[[name for name in COLUMNS if name in tests]].rename(columns=COLUMNS)
     head, *lines = tests.to_csv(sep="|", float_format="%.2f", na_rep="-", index_label="policy").splitlines()
     table = "\n".join(f"|{line}|" for line in (head, "|".join("-" * (1 + tests.shape[1])), *lines))
     terminal.print(markdown.Markdown(table))
     terminal.save_html(f"{folder}/tokens.html")
     Path(folder, "report.md").write_text(table + "\n")
-
+    Path(folder, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     frame = pandas.json_normalize([row for row in log if "step" in row])
     routed = [name for name in frame.get("recipe", pandas.Series()).unique() if RECIPES[name].router]
     figure = Figure(figsize=(8 + 4 * len(routed), 4), layout="constrained")
     axes = figure.subplots(1, 2 + len(routed))
-    for axis, column, name in zip(axes, ("validation.exact", "entropy"), ("exact match, validation", "entropy, nats")):
+    curves = {"validation.exact match": "exact match, validation", "entropy": "entropy, nats"}
+    for axis, (column, name) in zip(axes, curves.items()):
         if column in frame:
             frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name)
     for axis, name in zip(axes[2:], routed):
-        shares = frame[frame.recipe == name].set_index("step").filter(like="regime_share.").dropna(axis=1)
-        shares.columns = [column.split(".")[1] for column in shares]
+        shares = pandas.DataFrame([row["regime_share"] for row in log if "step" in row and row["recipe"] == name])
         colours = {row.regime.name: COLOURS[row.regime % 8] for row in RECIPES[name].rows}
-        shares.plot.area(ax=axis, color=colours, linewidth=0, ylabel=f"share of the tokens, {name}")
+        shares.plot.area(ax=axis, color=colours, linewidth=0, xlabel="step", ylabel=f"share of the tokens, {name}")
     for axis in axes:                      # below the plot, where they cover nothing
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(f"{folder}/curves.png", dpi=120)
@@ -604,23 +556,19 @@ def read_rows(config: Config) -> list[dict]:
     with explained(given):                 # what is on disk may have changed since it was last read
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
                                       download_mode="force_redownload" if path.exists() else None)
-    found = {*table.column_names}
-    require({"prompt", "answer"} <= found and found & {"hint", "hints"},
-            f"{given}: needs columns prompt, answer and hint (or hints); found {', '.join(sorted(found))}")
     for number, row in enumerate(table, 1):
-        hints = {"none": ""} | (row["hints"] or {} if "hints" in found else {config.hint: row["hint"]})
-        for name, value in (("prompt", row["prompt"]), ("answer", row["answer"]), ("hint", hints.get(config.hint))):
-            require(isinstance(value, str) and (value.strip() or name == "hint"),
-                    f"{given}, row {number}: {name} must be a text, not {value!r}")
+        hints = {config.hint: row.get("hint")} | (row.get("hints") or {}) | {"none": ""}
+        texts = {"prompt": row.get("prompt"), "answer": row.get("answer"), "hint": hints[config.hint]}
+        wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value and name != "hint"]
+        require(not wrong, f"{given}, row {number}: no text for {' and '.join(wrong)}; the columns are {[*row]}")
         rows.append({"prompt": row["prompt"], "answer": row["answer"], "hints": hints})
     return rows
 
 
 def with_hint(row: dict, form: str, template: str) -> str:
     """What a privileged policy reads."""
-    parts = {"{prompt}": row["prompt"], "{hint}": row["hints"][form]}
-    joined = re.sub(r"\{prompt\}|\{hint\}", lambda found: parts[found[0]], template)
-    return joined if row["hints"][form] else row["prompt"]
+    parts = {"prompt": row["prompt"], "hint": row["hints"][form]}
+    return re.sub(r"\{(prompt|hint)\}", lambda found: parts[found[1]], template) if parts["hint"] else row["prompt"]
 
 
 def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None:
@@ -628,8 +576,8 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
     Prints both for the first row: contexts that differ by accident are the commonest fault in the field."""
     chat, options = bool(tokenizer.chat_template), model.generation_config
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - options.max_new_tokens
-    for key, texts in (("plain", [row["prompt"] for row in rows]),
-                       ("hinted", [with_hint(row, form, template) for row in rows])):
+    for key, read in (("plain", "none"), ("hinted", form)):
+        texts = [with_hint(row, read, template) for row in rows]
         turns = [[{"role": "user", "content": prompt}] for prompt in texts]
         with explained("chat template of the student"):
             rendered = texts if not chat else tokenizer.apply_chat_template(
@@ -637,10 +585,10 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
         print(f"first row, {key}: {rendered[0]!r}")
         encoded = tokenizer(rendered, add_special_tokens=not chat).input_ids
         for row, prompt, seen, ids in zip(rows, texts, rendered, encoded):
-            row[key] = ids[:-1] if ids and ids[-1] in options.eos_token_id else ids          # some tokenizers end a text
+            row[key] = ids[:-1] if ids and ids[-1] in options.eos_token_id else ids        # some tokenizers end a text
             require(prompt.strip() in seen, f"chat template of the student: loses the prompt {prompt[:60]!r}")
-            require(0 < len(row[key]) <= room, f"{prompt[:60]!r}: {len(row[key])} tokens; there is room for {room}")
-            require(max(ids) < model.vocabulary, f"{prompt[:60]!r}: token {max(ids)} is not of the model")
+            require(0 < len(row[key]) <= room and max(ids) < model.vocabulary, f"{prompt[:60]!r}: {len(row[key])} "
+                    f"tokens, ids up to {max(ids, default=0)}; room for {room}, ids up to {model.vocabulary - 1}")
 
 
 def load(config: Config, max_new_tokens: int) -> tuple:
@@ -654,7 +602,7 @@ def load(config: Config, max_new_tokens: int) -> tuple:
             models.append(model.to(config.device).eval())
             words.append(tokenizer.get_vocab())
             eos = model.generation_config.eos_token_id
-            ends |= {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+            ends |= {tokenizer.eos_token_id} | ({*eos} if isinstance(eos, list) else {eos})
             if tokenizer.chat_template:    # the special token that it puts after an answer
                 turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
                 after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].strip()
@@ -665,112 +613,74 @@ def load(config: Config, max_new_tokens: int) -> tuple:
     heights = [model.get_input_embeddings().num_embeddings for model in models]
     for model, height in zip(models, heights):
         model.vocabulary = min(max(words[0].values()) + 1, *heights)      # further rows of the table are no tokens
-        model.takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         model.shares_prompts = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         model.generation_config = transformers.GenerationConfig(          # the model's own distribution, nothing else
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], suppress_tokens=list(range(model.vocabulary, height)) or None)
+        # Some architectures cannot be padded, or change their logits after the last layer: compare with single rows.
+        rows = [{"plain": [*range(length)]} for length in (3, 3, 8, 8)]
+        with torch.no_grad(), explained(f"{model.name_or_path}: cannot be scored in batches"):
+            single = [model(torch.tensor([row["plain"]], device=config.device)).logits[0, -1] for row in rows]
+            expected = torch.stack(single)[:, :model.vocabulary].float().log_softmax(-1)
+            error = (expected - score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))).abs().mean().item()
+        require(error < (0.1 if model.dtype == torch.bfloat16 else 1e-3), f"{model.name_or_path}: not supported, since "
+                f"its scores differ between a padded batch and single rows, by {error:.2g} nats")
     return tokenizer, models[0].requires_grad_(False), models[1]
 
 
-@torch.no_grad()
-def verify_scores(model, rows: list[dict], config: Config) -> None:
-    """Compares `score` on a padded batch with the model's own logits for single rows: some architectures do not stand
-    padding, or change their logits after the last layer."""
-    ordered = sorted(rows[:100], key=lambda row: len(row["plain"]))
-    rows = [ordered[0], ordered[0], ordered[-1], ordered[-1]]
-    completions = [row["plain"][-length:] for row, length in zip(rows, (8, 8, 3, 3))]
-    with explained(f"{model.config.name_or_path}: cannot be scored in batches"):
-        single = [model(torch.tensor([row["plain"] + ids], device=model.device), use_cache=False).logits[0, :-1]
-                  [-len(ids):, :model.vocabulary].float().log_softmax(-1) for row, ids in zip(rows, completions)]
-        error = (torch.cat(single) - score(Policy(model, "plain"), rows, completions)(slice(None))).abs().mean().item()
-        limit = 1e-3 if config.dtype == "float32" else 0.1                # nats
-        require(error < limit, f"{model.config.name_or_path}: a padded batch and single rows differ by {error:.2g} nats")
-
-
-def claim(config: Config) -> None:
-    """Makes a folder for the run. Creating config.json is atomic, so two runs never share one."""
-    with explained(f"--out {config.out}: cannot be used; does it hold a run already?"):
+def run(config: Config) -> list[dict]:
+    """Every recipe from the same student, then the report. Returns the log."""
+    task = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task]
+    rng, log, splits = random.Random(0), [], {}
+    rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
+    require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
+    for row in rows:                       # by its prompt: no prompt is both trained on and tested
+        draw = random.Random(row["prompt"]).random()
+        splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
+    require(len(splits) == 3, f"--data: {len(rows)} rows are too few for train, validation and test")
+    with explained(f"--out {config.out}"):
         Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
-        name = f"{Path(config.data).stem or config.task}-{time.strftime('%m%d-%H%M%S')}-"
-        config.out = config.out or tempfile.mkdtemp(prefix=name, dir="runs")
-        with open(f"{config.out}/config.json", "x") as file:
-            json.dump(asdict(config), file, indent=1)
-
-
-def run(config: Config, saved: dict | None = None) -> list[dict]:
-    """Every recipe from the same student, then the report; from the start, or from a checkpoint. Returns the log."""
-    # 1. Rows, teacher and student.
-    task, log, splits = TASKS[config.task], [], {"train": [], "validation": [], "test": []}
-    with explained(f"--answer_regex {config.answer_regex}"):
-        task = OwnData(re.compile(config.answer_regex or r"(?s)\A.*")) if config.data else task
-    if saved:
-        log, splits = saved["log"], saved["splits"]
-    else:
-        rng = random.Random(0)
-        rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
-        require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
-        for row in rows:                   # by its prompt: no prompt is both trained on and tested
-            draw = random.Random(row["prompt"]).random()
-            splits["train" if draw < 0.7 else "validation" if draw < 0.85 else "test"].append(row)
-        require(all(splits.values()), f"--data: {len(rows)} rows are too few for train, validation and test")
+    config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")
+    require(not Path(config.out, "config.json").exists(), f"--out {config.out}: holds a run; choose another folder")
     if not config.teacher:
-        claim(config)
         held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
         config.teacher, config.student = (warm_start(task, role, config, held_out) for role in ("teacher", "student"))
     tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens)
+    encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
+    with explained(f"--out {config.out}: another run took it"), open(f"{config.out}/config.json", "x") as file:
+        json.dump(asdict(config), file, indent=1)
 
     def test(name: str, model) -> None:
         plain, hinted = (evaluate(Policy(model, reads), splits["test"][:config.test_prompts], task, tokenizer, config)
                          for reads in ("plain", "hinted"))
-        log.append({"recipe": name, "test": plain | {f"hinted {key}": value for key, value in hinted.items()}})
+        log.append({"recipe": name, "test": {"exact match": None, "with hint": hinted.get("exact match")} | plain})
 
     # bfloat16 is for the matrix products only. No cache: it would keep serving the weights of before the step.
     with torch.autocast(teacher.device.type, torch.bfloat16, config.dtype == "bfloat16", cache_enabled=False):
-        if not saved:
-            encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
-            verify_scores(teacher, splits["train"], config)
-            verify_scores(untrained, splits["train"], config)
-            if not Path(config.out, "config.json").exists():
-                claim(config)
-            test("student before", untrained)
-            test("teacher", teacher)
-        tested = [row["recipe"] for row in log if "test" in row]
-        for name in [name for name in config.recipe if name not in tested and config.steps]:
-            # 2. Distil, from the start or from the checkpoint. Seed and step decide every random draw.
-            student, recipe, done = copy.deepcopy(untrained), RECIPES[name], 0
+        test("student before", untrained)
+        test("teacher", teacher)
+        for name in config.recipe if config.steps else ():
+            # Seed and step decide every random draw.
+            student, recipe = copy.deepcopy(untrained), RECIPES[name]
             anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
             policies = {"student": Policy(student, "plain"), "privileged_student": Policy(anchor, "hinted"),
                         "teacher": Policy(teacher, "plain"), "privileged_teacher": Policy(teacher, "hinted")}
             optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
-            parts = {"student": student, "anchor": anchor, "optimizer": optimizer}
-            if saved and saved["recipe"] == name:
-                done = saved["step"]
-                for key, part in parts.items():
-                    part.load_state_dict(saved[key])
             order = random.Random(config.seed).sample(splits["train"], len(splits["train"]))
-            for step in tqdm(range(done, config.steps), name, config.steps, initial=done, unit="step"):
+            for step in tqdm(range(config.steps), name, unit="step"):
                 torch.manual_seed(config.seed * 10**6 + step)
                 rows = [order[(step * config.batch_size + i) % len(order)] for i in range(config.batch_size)]
-                cosine = math.cos(math.pi * step / config.steps)
-                optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)       # down to a tenth
+                optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * math.cos(math.pi * step / config.steps))
                 log.append({"recipe": name, "step": step + 1} | distill_step(recipe, policies, optimizer, rows, config))
                 for average, weight in zip(anchor.parameters(), student.parameters()):
                     average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
-                if 0 < step < config.steps - 1:
-                    del log[-1]["rollouts"]                               # those of the first and last step are shown
-                if (step + 1) % config.eval_every and step + 1 < config.steps:
-                    continue
-                validation = splits["validation"][:config.eval_prompts]
-                log[-1]["validation"] = evaluate(policies["student"], validation, task, tokenizer, config)
-                state = {"recipe": name, "step": step + 1, "config": asdict(config), "log": log, "splits": splits}
-                torch.save(state | {key: part.state_dict() for key, part in parts.items()}, f"{config.out}/saving.pt")
-                Path(config.out, "saving.pt").replace(f"{config.out}/checkpoint.pt")       # whole, or as it was
-                Path(config.out, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-            # 3. Test and keep the student.
+                if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                    validation = splits["validation"][:256]
+                    log[-1]["validation"] = evaluate(policies["student"], validation, task, tokenizer, config)
+                    student.save_pretrained(f"{config.out}/{name}")
+                    tokenizer.save_pretrained(f"{config.out}/{name}")
+                    Path(config.out, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
             test(name, student)
-            student.save_pretrained(f"{config.out}/{name}")
-            tokenizer.save_pretrained(f"{config.out}/{name}")
     report(log, tokenizer, config.out)
     return log
 
@@ -781,13 +691,8 @@ def main(argv: list[str]) -> None:
     datasets.disable_progress_bars()
     parser = HfArgumentParser(Config, usage="python dopd.py [--flag value ...]", allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; see --help")
-    config, saved = Config(**vars(parser.parse_args(argv))), None
-    if config.resume:
-        require(len(argv) == 2, "--resume FOLDER: goes alone, the run keeps its flags")
-        with explained(f"--resume {config.resume}: no run to continue"):
-            saved = torch.load(f"{config.resume}/checkpoint.pt", weights_only=True, map_location="cpu")
-        config = Config(**saved["config"] | {"out": config.resume})
-    run(config, saved)
+    config = Config(**vars(parser.parse_args(argv)))
+    run(config)
     print(f"all of it is in {config.out}/")
 
 
