@@ -1,0 +1,101 @@
+"""Runs experiments over several seeds and writes their tables: tiny_tasks/results/NAME.csv, and into the READMEs.
+
+    pip install -r tiny_tasks/requirements.txt
+    python tiny_tasks/experiments.py main rules        # the names of EXPERIMENTS; two runs at a time, one thread each
+
+A run is one seed of one experiment: its own warm start, then every recipe. It goes into runs/NAME-seedN; a run that is
+there already is not run again. To add an experiment, add a line to EXPERIMENTS.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                           # before torch comes in
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import joblib  # noqa: E402
+import pandas  # noqa: E402
+
+import dopd  # noqa: E402
+import recipes  # noqa: E402, F401
+
+RESULTS = Path(__file__).resolve().parent / "results"
+METHODS = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_ema", "dopd_frozen", "half", "dopd_half"]
+EXPERIMENTS = {
+    # name: flags of dopd.py, seeds
+    "main": ({"task": "shortcut", "recipe": METHODS}, range(5)),
+    "rules": ({"task": "rules", "recipe": METHODS}, range(5)),
+}
+
+
+def run(name: str, flags: dict, seed: int) -> None:
+    """One run, unless it is there. What it prints goes into its log.txt."""
+    folder = Path("runs", f"{name}-seed{seed}")
+    if Path(folder, "seconds.txt").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        dopd.run(dopd.Config(**flags, seed=seed, out=str(folder)))
+    Path(folder, "seconds.txt").write_text(str(round(time.time() - start)))
+
+
+def collect(name: str, flags: dict, seeds) -> pandas.DataFrame:
+    """One line per seed and policy: the final test, in full, with the commit and the seconds of its run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    lines = []
+    for seed in seeds:
+        folder = Path("runs", f"{name}-seed{seed}")
+        log = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        lines += [{"policy": row["recipe"], "seed": seed, **row["test"], "commit": commit, "task": flags["task"],
+                   "seconds of the run": int(Path(folder, "seconds.txt").read_text())} for row in log if "test" in row]
+    return pandas.DataFrame(lines)
+
+
+def table(frame: pandas.DataFrame) -> str:
+    """Mean ± standard deviation over the seeds, in Markdown."""
+    grouped = frame.drop(columns=["seed", "commit", "task", "seconds of the run"]).groupby("policy", sort=False)
+    means, spreads = grouped.mean(), grouped.std()
+    cells = means.map("{:.2f}".format) + " ± " + spreads.map("{:.2f}".format)
+    lines = [[policy, *row] for policy, row in zip(cells.index, cells.values)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [["policy", *cells], ["---"] * (1 + cells.shape[1]), *lines])
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return found[1] if found else platform.processor()
+
+
+def insert(file: Path, name: str, text: str) -> None:
+    """Replaces what stands between <!-- NAME --> and <!-- /NAME -->."""
+    if file.exists():
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", file.read_text()))
+
+
+def main(names: list[str]) -> None:
+    unknown = [name for name in names if name not in EXPERIMENTS]
+    dopd.require(names and not unknown, f"{' '.join(unknown)}: name one or more of {', '.join(EXPERIMENTS)}")
+    jobs = [joblib.delayed(run)(name, EXPERIMENTS[name][0], seed) for name in names for seed in EXPERIMENTS[name][1]]
+    joblib.Parallel(n_jobs=2)(jobs)
+    RESULTS.mkdir(exist_ok=True)
+    for name in names:
+        frame = collect(name, *EXPERIMENTS[name])
+        frame.round(4).to_csv(RESULTS / f"{name}.csv", index=False)
+        minutes = frame.groupby("seed")["seconds of the run"].first().sum() / 60
+        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core in all, {processor()}."
+        for file in (RESULTS.parent.parent / "README.md", RESULTS / "README.md"):
+            insert(file, name, f"{table(frame)}\n\n{note}")
+        print(f"{name}: {note}\n{table(frame)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
