@@ -218,7 +218,7 @@ def hidden_states(policy: Policy, rows: list[dict], completions: list[list[int]]
 
     def read(ids, attention):
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        return model.base_model(ids, attention_mask=attention.long(), position_ids=positions, past_key_values=cache,
+        return model.base_model(ids, attention_mask=attention.long(), position_ids=positions, cache=cache,
                                 use_cache=shared > 0).last_hidden_state
 
     if shared:

@@ -85,7 +85,7 @@ def main(names: list[str]) -> None:
     unknown = [name for name in names if name not in EXPERIMENTS]
     dopd.require(names and not unknown, f"{' '.join(unknown)}: name one or more of {', '.join(EXPERIMENTS)}")
     jobs = [joblib.delayed(run)(name, EXPERIMENTS[name][0], seed) for name in names for seed in EXPERIMENTS[name][1]]
-    joblib.Parallel(n_jobs=2)(jobs)
+    joblib.Parallel(n_jobs=2, backend="multiprocessing")(jobs)         # forked: they know the recipes of this process
     RESULTS.mkdir(exist_ok=True)
     for name in names:
         frame = collect(name, *EXPERIMENTS[name])
