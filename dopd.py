@@ -77,7 +77,8 @@ class Config:
         template = self.hint_template or "{hint}{prompt}"
         require("{hint}" in template and "{prompt}" in template and "\\n" not in template,
                 "--hint_template: needs {hint} and {prompt}, and no backslash-n; for a new line, $'...\\n...' in bash")
-        with explained(f"--answer_regex {self.answer_regex}"):
+        with explained(f"--device {self.device}, --answer_regex {self.answer_regex}"):
+            torch.empty(0, device=self.device)
             require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
 
 
@@ -535,8 +536,7 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
     routed = [name for name in frame.get("recipe", pandas.Series()).unique() if RECIPES[name].router]
     figure = Figure(figsize=(8 + 4 * len(routed), 4), layout="constrained")
     axes = figure.subplots(1, 2 + len(routed))
-    curves = {"validation.exact match": "exact match, validation", "entropy": "entropy, nats"}
-    for axis, (column, name) in zip(axes, curves.items()):
+    for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match", "entropy (nats)")):
         if column in frame:
             frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name)
     for axis, name in zip(axes[2:], routed):

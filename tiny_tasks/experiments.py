@@ -28,7 +28,8 @@ import dopd  # noqa: E402
 import recipes  # noqa: E402, F401
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METHODS = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_ema", "dopd_frozen", "half", "dopd_half"]
+METHODS = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_ema", "dopd_frozen", "half",
+           "dopd_half"]
 EXPERIMENTS = {
     # name: flags of dopd.py, seeds
     "main": ({"task": "shortcut", "recipe": METHODS}, range(5)),
@@ -65,12 +66,14 @@ def table(frame: pandas.DataFrame) -> str:
     grouped = frame.drop(columns=["seed", "commit", "task", "seconds of the run"]).groupby("policy", sort=False)
     means, spreads = grouped.mean(), grouped.std()
     cells = means.map("{:.2f}".format) + " ± " + spreads.map("{:.2f}".format)
-    lines = [[policy, *row] for policy, row in zip(cells.index, cells.values)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [["policy", *cells], ["---"] * (1 + cells.shape[1]), *lines])
+    lines = [["policy", *cells], ["---"] * (1 + cells.shape[1])]
+    lines += [[policy, *row] for policy, row in zip(cells.index, cells.values)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
     return found[1] if found else platform.processor()
 
 

@@ -15,9 +15,9 @@ RECIPES["dopd_ema"] = dopd(anchor_decay=0.99)
 
 
 def half(w: float = 0.5) -> Recipe:
-    """Reverse KL to the teacher with the hint (weight w) and without it (1 - w), on every token. The sum of the two is,
-    but for a constant, one reverse KL to their weighted geometric mean. With the plain teacher as its anchor this is the
-    anchored residual of AR-OPD (arXiv 2606.10385), in our reading."""
+    """Reverse KL to the teacher with the hint (weight w) and without it (1 - w), on every token. Their sum is, but for
+    a term without gradient, one reverse KL to the weighted geometric mean of the two. It is the anchored residual of
+    AR-OPD (arXiv 2606.10385) with the plain teacher as anchor, in our reading."""
     return Recipe([Row(Regime.ALL, "teacher", "reverse_kl", "full", 1 - w),
                    Row(Regime.ALL, "privileged_teacher", "reverse_kl", "full", w)])
 
