@@ -40,32 +40,34 @@ EXPERIMENTS = {
 def run(name: str, flags: dict, seed: int) -> None:
     """One run, unless it is there. What it prints goes into its log.txt."""
     folder = Path("runs", f"{name}-seed{seed}")
-    if Path(folder, "seconds.txt").exists():
+    if Path(folder, "job.json").exists():
         return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         dopd.run(dopd.Config(**flags, seed=seed, out=str(folder)))
-    Path(folder, "seconds.txt").write_text(str(round(time.time() - start)))
+    Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - start), "commit": commit}))
 
 
 def collect(name: str, flags: dict, seeds) -> pandas.DataFrame:
-    """One line per seed and policy: the final test, in full, with the commit and the seconds of its run."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """One line per seed and policy: the final test, in full, with task, seconds and commit of its run."""
     lines = []
     for seed in seeds:
         folder = Path("runs", f"{name}-seed{seed}")
         log = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
-        lines += [{"policy": row["recipe"], "seed": seed, **row["test"], "commit": commit, "task": flags["task"],
-                   "seconds of the run": int(Path(folder, "seconds.txt").read_text())} for row in log if "test" in row]
+        job = {"task": flags["task"], **json.loads(Path(folder, "job.json").read_text())}
+        lines += [{"policy": row["recipe"], "seed": seed, **row["test"], **job} for row in log if "test" in row]
     return pandas.DataFrame(lines)
 
 
 def table(frame: pandas.DataFrame) -> str:
-    """Mean ± standard deviation over the seeds, in Markdown."""
-    grouped = frame.drop(columns=["seed", "commit", "task", "seconds of the run"]).groupby("policy", sort=False)
+    """Mean ± standard deviation over the seeds, and exact match seed by seed, in Markdown."""
+    grouped = frame.drop(columns=["seed", "task", "seconds", "commit"]).groupby("policy", sort=False)
     means, spreads = grouped.mean(), grouped.std()
     cells = means.map("{:.2f}".format) + " ± " + spreads.map("{:.2f}".format)
+    each = grouped["exact match"].agg(lambda values: " ".join(map("{:.2f}".format, values)))
+    cells.insert(1, "seed by seed", each)
     lines = [["policy", *cells], ["---"] * (1 + cells.shape[1])]
     lines += [[policy, *row] for policy, row in zip(cells.index, cells.values)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -81,7 +83,7 @@ def insert(file: Path, name: str, text: str) -> None:
     """Replaces what stands between <!-- NAME --> and <!-- /NAME -->."""
     if file.exists():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", file.read_text()))
+        file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", file.read_text()))
 
 
 def main(names: list[str]) -> None:
@@ -93,10 +95,11 @@ def main(names: list[str]) -> None:
     for name in names:
         frame = collect(name, *EXPERIMENTS[name])
         frame.round(4).to_csv(RESULTS / f"{name}.csv", index=False)
-        minutes = frame.groupby("seed")["seconds of the run"].first().sum() / 60
-        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core in all, {processor()}."
+        minutes = frame.groupby("seed").seconds.first().sum() / 60
+        commits = ", ".join(frame.commit.unique())
+        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core, {processor()}, commit {commits}."
         for file in (RESULTS.parent.parent / "README.md", RESULTS / "README.md"):
-            insert(file, name, f"{table(frame)}\n\n{note}")
+            insert(file, name, f"{table(frame)}\n\n*{note}*")
         print(f"{name}: {note}\n{table(frame)}")
 
 
