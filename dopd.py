@@ -4,7 +4,7 @@ A student samples its own answers, and a stronger teacher grades every token of 
 hint that the student will not see later. For each token DOPD asks: if the student could read the hint too, would it
 agree with the teacher? If yes, a light correction is enough. If no, the one that is surer of the token teaches it.
 
-    python dopd.py                       # the CPU experiment: two minutes, then look into runs/
+    python dopd.py                       # the CPU experiment: minutes, then look into runs/
     python dopd.py --task rules          # the other task
     python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda --dtype bfloat16 \\
         --recipe dopd --lr 5e-6 --top_k 128 --batch_size 128 --micro_batch 8
@@ -83,7 +83,7 @@ class Config:
 
 
 def require(condition, message: str) -> None:
-    """If not, what the user gave cannot be used: one line on stderr, exit code 2."""
+    """Exits with one line on stderr and code 2, unless the condition holds: what the user gave cannot be used."""
     if not condition:
         print(f"dopd.py: {message}", file=sys.stderr)
         sys.exit(2)
@@ -91,7 +91,7 @@ def require(condition, message: str) -> None:
 
 @contextmanager
 def explained(given: str):
-    """The same for whatever a library raises in this block."""
+    """Does the same for any exception that a library raises in this block."""
     try:
         yield
     except Exception as error:
@@ -196,7 +196,7 @@ Policy = NamedTuple("Policy", [("model", transformers.PreTrainedModel), ("reads"
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_batch: int = 0) -> Callable:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row. Returns a function
-    from an index (n,) to (n, V). It keeps hidden states (N, H): for a real vocabulary they are 70 times smaller."""
+    from an index (n,) to (n, V). It keeps hidden states (N, H), at a real vocabulary 70 times smaller than (N, V)."""
     model, size = policy.model, micro_batch or len(rows)
     hidden = torch.cat([hidden_states(policy, rows[i:i + size], completions[i:i + size])
                         for i in range(0, len(rows), size)])              # (N, H)
@@ -333,7 +333,7 @@ class Recipe(NamedTuple):
     rows: list[Row]
     router: Callable | None = None         # {policy: Scores} -> regimes (N,); None: all tokens are in Regime.ALL
     router_reads: tuple = ()               # the policies whose scores the router gets
-    anchor_decay: float = 0.0              # privileged student: 0 live, 1 frozen, between: an average
+    anchor_decay: float = 0.0              # privileged student: 0 live, 1 its first copy, between an average
 
 
 def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
@@ -375,7 +375,7 @@ def token_scores(logp: Callable, tokens: torch.Tensor) -> Scores:
 
 
 def assign(recipe: Recipe, scores: dict[str, Scores], lengths: torch.Tensor) -> tuple:
-    """The regimes (N,), and the weight of every row on every token (R, N): all that depends on the whole batch.
+    """The regimes (N,), and the weight of every row on every token (R, N): computed once, for the whole batch.
     Each of the |y| tokens of a completion gets 1/|y|, and all completions (B,) count the same."""
     shares = (1 / lengths).repeat_interleave(lengths) / len(lengths)                         # (N,)
     regimes = recipe.router(scores) if recipe.router else torch.full_like(shares, Regime.ALL, dtype=torch.long)
@@ -637,7 +637,7 @@ def run(config: Config) -> list[dict]:
     for row in rows:                       # by its prompt: no prompt is both trained on and tested
         draw = random.Random(row["prompt"]).random()
         splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
-    require(len(splits) == 3, f"--data: {len(rows)} rows are too few for train, validation and test")
+    require(len(splits) == 3, f"--data or task: {len(rows)} rows hold too few prompts for train, validation, test")
     with explained(f"--out {config.out}"):
         Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
     config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")

@@ -1,10 +1,10 @@
-"""Runs experiments over several seeds and writes their tables: tiny_tasks/results/NAME.csv, and into the READMEs.
+"""Runs experiments over several seeds; writes results/NAME.csv, and their tables between the marks NAME in README.md.
 
     pip install -r tiny_tasks/requirements.txt
     python tiny_tasks/experiments.py main rules        # the names of EXPERIMENTS; two runs at a time, one thread each
 
-A run is one seed of one experiment: its own warm start, then every recipe. It goes into runs/NAME-seedN; a run that is
-there already is not run again. To add an experiment, add a line to EXPERIMENTS.
+A run is one seed of one experiment: its own warm start, then every recipe. It goes into runs/NAME-seedN. A finished
+run is not repeated: delete its folder after changing the code. To add an experiment, add a line to EXPERIMENTS.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ import pandas  # noqa: E402
 import dopd  # noqa: E402
 import recipes  # noqa: E402, F401
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_ema", "dopd_frozen", "half",
            "dopd_half"]
 EXPERIMENTS = {
@@ -39,11 +40,12 @@ EXPERIMENTS = {
 
 def run(name: str, flags: dict, seed: int) -> None:
     """One run, unless it is there. What it prints goes into its log.txt."""
-    folder = Path("runs", f"{name}-seed{seed}")
+    folder = Path(ROOT, "runs", f"{name}-seed{seed}")
     if Path(folder, "job.json").exists():
         return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
+    folder.mkdir(parents=True)
     start = time.time()
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         dopd.run(dopd.Config(**flags, seed=seed, out=str(folder)))
@@ -54,7 +56,7 @@ def collect(name: str, flags: dict, seeds) -> pandas.DataFrame:
     """One line per seed and policy: the final test, in full, with task, seconds and commit of its run."""
     lines = []
     for seed in seeds:
-        folder = Path("runs", f"{name}-seed{seed}")
+        folder = Path(ROOT, "runs", f"{name}-seed{seed}")
         log = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
         job = {"task": flags["task"], **json.loads(Path(folder, "job.json").read_text())}
         lines += [{"policy": row["recipe"], "seed": seed, **row["test"], **job} for row in log if "test" in row]
@@ -81,9 +83,8 @@ def processor() -> str:
 
 def insert(file: Path, name: str, text: str) -> None:
     """Replaces what stands between <!-- NAME --> and <!-- /NAME -->."""
-    if file.exists():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", file.read_text()))
+    marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", file.read_text()))
 
 
 def main(names: list[str]) -> None:
@@ -91,15 +92,13 @@ def main(names: list[str]) -> None:
     dopd.require(names and not unknown, f"{' '.join(unknown)}: name one or more of {', '.join(EXPERIMENTS)}")
     jobs = [joblib.delayed(run)(name, EXPERIMENTS[name][0], seed) for name in names for seed in EXPERIMENTS[name][1]]
     joblib.Parallel(n_jobs=2, backend="multiprocessing")(jobs)         # forked: they know the recipes of this process
-    RESULTS.mkdir(exist_ok=True)
     for name in names:
         frame = collect(name, *EXPERIMENTS[name])
-        frame.round(4).to_csv(RESULTS / f"{name}.csv", index=False)
+        frame.round(4).to_csv(ROOT / f"tiny_tasks/results/{name}.csv", index=False)
         minutes = frame.groupby("seed").seconds.first().sum() / 60
         commits = ", ".join(frame.commit.unique())
         note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core, {processor()}, commit {commits}."
-        for file in (RESULTS.parent.parent / "README.md", RESULTS / "README.md"):
-            insert(file, name, f"{table(frame)}\n\n*{note}*")
+        insert(ROOT / "README.md", name, f"{table(frame)}\n\n*{note}*")
         print(f"{name}: {note}\n{table(frame)}")
 
 
