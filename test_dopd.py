@@ -4,12 +4,14 @@ Formulas are compared with slow ones, written here anew from the definition. The
 they leave behind, going on after a kill, checkpoints and data of many kinds, bad input. "Catches" names a mistake.
 """
 
+import copy
 import functools
 import json
 import math
 import os
 import random
 import re
+import sys
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -612,3 +614,64 @@ def test_bad_input(flags, pair, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith("dopd.py: ")
     assert all(word in errors[0] for word in BAD[flags].split()) and len([*Path("taken").iterdir()]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- inside TRL
+@pytest.mark.parametrize("name, accumulation", [("dopd", 1), ("dopd", 2), ("dopd", 4), ("dopd_frozen", 2),
+                                                ("vanilla", 2)])
+def test_trl_does_what_dopd_does(name, accumulation, monkeypatch):
+    """The last of four steps of tiny_tasks/trl_dopd.py against dopd.py's own functions on the same tokens. Catches
+    averages per micro-batch, rows that TRL shuffled apart, a wrong anchor."""
+    pytest.importorskip("trl", minversion="1.16.0")
+    monkeypatch.syspath_prepend(Path(dopd.__file__).parent / "tiny_tasks")
+    import trl_dopd
+    rows = [{"prompt": f"What is {i}? " * (1 + i % 3), "answer": "7", "hint": f"Count {i * i}."} for i in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save("teacher", tiny(seed=4, hidden_size=48))
+    student = tiny(seed=5)
+    student.generation_config.eos_token_id = list(range(260, 320))              # so that lengths differ
+    save("student", student)
+    steps = []
+
+    class Spy(trl_dopd.DOPDTrainer):
+        def _generate_and_score_completions(self, inputs):
+            result, before = super()._generate_and_score_completions(inputs), copy.deepcopy(self.model.state_dict())
+            steps.append({"rows": [*result["dopd"]], "before": before, "loss": 0.0})
+            return result
+
+        def _compute_loss(self, *args):
+            result = super()._compute_loss(*args)
+            steps[-1]["loss"] += result[0].item()
+            return result
+
+        def _clip_grad_norm(self, model):
+            steps[-1]["gradient"] = {key: weight.grad.clone() for key, weight in self.model.named_parameters()}
+            return super()._clip_grad_norm(model)
+
+    monkeypatch.setattr(trl_dopd, "DOPDTrainer", Spy)
+    monkeypatch.setattr(sys, "argv", (
+        "trl_dopd.py --model_name_or_path student --teacher_model_name_or_path teacher --data rows.jsonl "
+        "--output_dir out --use_cpu --bf16 False --report_to none --max_completion_length 6 --loss_top_k 3 "
+        f"--rollouts 2 --max_steps 4 --learning_rate 1e-2 --save_strategy no --disable_tqdm True --recipe {name} "
+        f"--per_device_train_batch_size {8 // accumulation} --gradient_accumulation_steps {accumulation}").split())
+    trl_dopd.main()
+    step, recipe = steps[-1], dopd.RECIPES[name]
+    _, teacher, untrained = dopd.load(dopd.Config(teacher="teacher", student="student"), 6)
+    teacher.vocabulary = untrained.vocabulary = 320                             # TRL samples from the whole table
+    student = copy.deepcopy(untrained)
+    student.load_state_dict(step["before"])
+    policies = {"privileged_student": Policy(untrained if recipe.anchor_decay else student, "hinted"),
+                "teacher": Policy(teacher, "plain"), "privileged_teacher": Policy(teacher, "hinted")}
+    rows, completions = step["rows"], [row["completion"] for row in step["rows"]]
+    assert len(rows) == 8 and len({tuple(row["plain"]) for row in rows}) == 4 and len({*map(len, completions)}) > 2
+    with torch.no_grad():
+        sources = {key: dopd.score(policy, rows, completions) for key, policy in policies.items()}
+    scores = {key: dopd.token_scores(logp, torch.tensor(sum(completions, []))) for key, logp in sources.items()}
+    regimes, weights = dopd.assign(recipe, scores, torch.tensor([*map(len, completions)]))
+    theirs = torch.cat([row["weights"] for row in rows], 1)
+    assert torch.equal(theirs > 0, weights > 0) and len({*regimes.tolist()}) > ("dopd" in name)
+    loss = dopd.recipe_loss(recipe, dopd.score(Policy(student, "plain"), rows, completions), sources, weights, 3)
+    loss.backward()
+    assert step["loss"] == pytest.approx(loss.item(), abs=1e-6) and loss > 1e-4
+    for key, weight in student.named_parameters():
+        assert (step["gradient"][key] - weight.grad).norm() <= 1e-5 * weight.grad.norm(), key
