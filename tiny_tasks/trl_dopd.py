@@ -19,7 +19,7 @@ import torch
 import trl
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,10 +44,11 @@ class DOPDConfig(trl.DistillationConfig):
 
 
 class DOPDTrainer(trl.DistillationTrainer):
-    """On rows of `prompt` and `hinted_prompt`. With LoRA, a frozen privileged student is the base model."""
+    """On rows of `prompt` and `hinted`. With LoRA, a frozen privileged student is the base model."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_token_ids)     # TRL's, nothing of its own
         self.recipe, self.anchor = dopd.RECIPES[self.args.recipe], None
         if self.recipe.anchor_decay and not is_peft_model(self.model):   # a copy of before a checkpoint is loaded
             self.anchor = self.accelerator.prepare_model(copy.deepcopy(self.model).eval(), evaluation_mode=True)
@@ -78,8 +79,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         dopd.distill_step, the policies score it, and averages over the batch of all processes decide the weights."""
         batch, reads = super()._generate_and_score_completions(inputs), self.recipe.router_reads
         completions = [ids[on.bool()].tolist() for ids, on in zip(batch["completion_ids"], batch["completion_mask"])]
-        both = (self._tokenize_prompts([row[name] for row in inputs])[0] for name in ("prompt", "hinted_prompt"))
-        rows = [{"plain": plain, "hinted": hinted} for plain, hinted in zip(*both)]
+        rows = [dict(zip(("plain", "hinted"), self._tokenize_prompts([x["prompt"], x["hinted"]])[0])) for x in inputs]
         scored = {name: self.score(name, rows, completions) for name in self.policies if name in reads or
                   any(row.source == name for row in self.recipe.rows)}
         lengths, parts = [*map(len, completions)], gather_object([{name: scored[name][1] for name in reads}])
@@ -96,13 +96,13 @@ class DOPDTrainer(trl.DistillationTrainer):
         return batch
 
     def _compute_loss(self, student, inputs: dict, num_items_in_batch) -> tuple:
-        """One micro-batch: its part of the loss, sum of entropies, tokens. DDP wants a gradient, be it 0, each time."""
+        """One micro-batch, inside the forward pass of the wrapper: its part of the loss, sum of entropies, tokens."""
         rows, completions = inputs["dopd"], [row["completion"] for row in inputs["dopd"]]
         tokens = torch.tensor(sum(completions, []), device=self.accelerator.device)
         place, weights = (torch.cat([row[key] for row in rows], -1).to(tokens.device) for key in ("place", "weights"))
         sources = {name: lambda index, logp=logp: logp(place[index]) for name, (logp, _) in rows[0]["scored"].items()}
         logp = dopd.score(self.policies["student"], rows, completions)
-        loss = dopd.recipe_loss(self.recipe, logp, sources, weights, self.args.loss_top_k) + 0 * logp([0]).exp().sum()
+        loss = dopd.recipe_loss(self.recipe, logp, sources, weights, self.args.loss_top_k)
         return loss, dopd.token_scores(logp, tokens).entropy.sum(), tokens.new_tensor(len(tokens))
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     texts = [(row["prompt"], dopd.with_hint(row, config.hint, config.hint_template)) for row in
              random.Random(config.seed).sample(rows, len(rows)) for _ in range(config.rollouts)]
     turn = (lambda text: [{"role": "user", "content": text}]) if tokenizer.chat_template else str
-    data = Dataset.from_list([{"prompt": turn(plain), "hinted_prompt": turn(hinted)} for plain, hinted in texts])
+    data = Dataset.from_list([{"prompt": turn(plain), "hinted": turn(hinted)} for plain, hinted in texts])
     trainer = DOPDTrainer(
         student.model_name_or_path, config.teacher_model_name_or_path, config, data, processing_class=tokenizer,
         quantization_config=trl.get_quantization_config(student), peft_config=trl.get_peft_config(student))
