@@ -16,6 +16,7 @@ in the vocabulary; H hidden size; R rows of a recipe. All logarithms are natural
 import copy
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -36,8 +37,8 @@ from rich import console, markdown, text
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 # ------------------------------------------------------------------------------------------------------ 1. config
@@ -52,7 +53,7 @@ class Config:
     batch_size: int = HfArg(default=32, help="prompts per optimizer step; paper: 128")
     rollouts: int = HfArg(default=4, help="completions sampled per prompt; paper: 4")
     micro_batch: int = HfArg(default=0, help="completions per forward pass, 0 for all; bounds the memory")
-    lr: float = HfArg(default=1e-4, help="peak learning rate, cosine to a tenth; paper: 5e-6")
+    lr: float = HfArg(default=2e-4, help="peak learning rate, cosine to a tenth; paper: 5e-6")
     top_k: int = HfArg(default=4, help="tokens in the top-K support, besides the tail; paper: 128")
     teacher: str = HfArg(default="", help="Hugging Face causal LM, name or folder; empty: a tiny one learns the task")
     student: str = HfArg(default="", help="the same for the student; both share one tokenizer")
@@ -62,9 +63,11 @@ class Config:
     max_new_tokens: int = HfArg(default=0, help="tokens of the longest completion; 0: the task's, 512 for --data")
     device: str = HfArg(default="cpu", help="cpu, cuda, cuda:1, mps")
     dtype: str = HfArg(default="float32", help="of the computation", metadata={"choices": ["float32", "bfloat16"]})
-    eval_every: int = HfArg(default=40, help="steps between validations, at which the student is saved")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, more time: layers are computed twice")
+    eval_every: int = HfArg(default=40, help="steps between validations, each with a checkpoint")
     test_prompts: int = HfArg(default=1200, help="prompts of the final test; a validation takes at most 256")
     out: str = HfArg(default="", help="folder of the run; empty: a new one in runs/")
+    resume: str = HfArg(default="", help="go on with the run in this folder, with the flags that it was started with")
 
     def __post_init__(self):
         require(self.task in TASKS, f"--task {self.task}: must be one of {', '.join(TASKS)}")
@@ -120,10 +123,15 @@ class Rules(NamedTuple):
     student: Author
     hint_template: str = "{hint}|{prompt}"
     max_new_tokens: int = 7
+    look = None                 # it has no pictures
 
     CHARACTERS = "0123456789=|abcdefghijklm"
     STABLE = dict(zip("abcdefghij", (3, 7, 1, 8, 5, 9, 2, 6, 4, 0)))
     WILD = {"k": (1, 4, 6, 9), "l": (8, 2, 5, 3), "m": (0, 7, 3, 6)}      # with 40, 30, 20, 10%: 1.28 nats of entropy
+
+    def policy(self, layers: int) -> tuple:
+        """Tokenizer and model of a tiny policy."""
+        return tiny_policy(self.CHARACTERS, layers)
 
     def problem(self, rng: random.Random) -> dict:
         """A new row."""
@@ -176,6 +184,7 @@ class OwnData(NamedTuple):
     answer_regex: str
     hint_template: str = "{prompt}\n\nHint: {hint}"
     max_new_tokens: int = 512
+    look = None
     grade = staticmethod(lambda row, tokens: [])                          # nobody knows what a real token asks for
 
     def check(self, row: dict, completion: str) -> bool:
@@ -204,28 +213,27 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_
 
 
 def hidden_states(policy: Policy, rows: list[dict], completions: list[list[int]]) -> torch.Tensor:
-    """The last hidden states (N, H), from which the N tokens of B completions are predicted. Completions of the same
-    prompt share it: all of it but its last token is read once, into a cache of keys and values."""
-    model, prompts = policy.model, [tuple(row[policy.reads]) for row in rows]
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    of_row = torch.tensor([place[prompt] for prompt in prompts], device=model.device)        # (B,)
-    distinct, real = pad(list(place), "left", model.device)               # (D, P): D distinct prompts
-    tokens, mask = pad(completions, "right", model.device)                # (B, T)
-    ids = torch.cat([distinct[of_row], tokens[:, :-1]], 1)                # (B, P+T-1): the last token predicts nothing
-    attention = torch.cat([real[of_row], mask[:, :-1]], 1)
-    cache, shared = None, 0
-    if model.shares_prompts and 2 * len(place) <= len(prompts):
-        cache, shared = DynamicCache(config=model.config), distinct.shape[1] - 1
+    """The last hidden states (N, H), from which the N tokens of B completions are predicted."""
+    prompts, real = pad([row[policy.reads] for row in rows], "left", policy.model.device)    # (B, P)
+    tokens, mask = pad(completions, "right", policy.model.device)         # (B, T)
+    ids = torch.cat([prompts, tokens[:, :-1]], 1)                         # (B, P+T-1): the last token predicts nothing
+    attention = torch.cat([real, mask[:, :-1]], 1).long()
+    inputs = picture_inputs(policy, rows, ids) or {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+    states = policy.model.base_model(ids, attention_mask=attention, use_cache=False, **inputs).last_hidden_state
+    return states[:, -tokens.shape[1]:][mask]
 
-    def read(ids, attention):
-        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        return model.base_model(ids, attention_mask=attention.long(), position_ids=positions, cache=cache,
-                                use_cache=shared > 0).last_hidden_state
 
-    if shared:
-        read(distinct[:, :shared], real[:, :shared])
-        cache.batch_select_indices(of_row)
-    return read(ids[:, shared:], attention)[:, -tokens.shape[1]:][mask]
+def picture_inputs(policy: Policy, rows: list[dict], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model that sees pictures reads besides the token ids (B, L): joined over the rows, along the first
+    dimension. Such models count their positions themselves."""
+    if not policy.model.look:
+        return {}
+    seen = [policy.model.look(row, policy.reads) for row in rows]
+    inputs = {name: torch.cat([each[name] for each in seen]).to(ids.device)
+              for name in seen[0] if name.startswith(("pixel", "image"))}
+    if "image_grid_thw" in inputs:         # Qwen-VL: which tokens are parts of a picture
+        inputs["mm_token_type_ids"] = (ids == policy.model.config.image_token_id).long()
+    return inputs
 
 
 def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,7 +250,9 @@ def rollout(policy: Policy, rows: list[dict], micro_batch: int = 0) -> list[list
     completions, size = [], micro_batch or len(rows)
     for i in range(0, len(rows), size):
         prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", policy.model.device)
-        for ids in policy.model.generate(prompts, attention_mask=real.long())[:, prompts.shape[1]:].tolist():
+        inputs = picture_inputs(policy, rows[i:i + size], prompts)
+        sampled = policy.model.generate(prompts, attention_mask=real.long(), **inputs)[:, prompts.shape[1]:]
+        for ids in sampled.tolist():
             ends = [place for place, token in enumerate(ids) if token in policy.model.generation_config.eos_token_id]
             completions.append(ids[:ends[0] + 1] if ends else ids)
     return completions
@@ -441,8 +451,7 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
         of_part[:, start:end] = weights[:, start:end]
         logp = score(student, rows[i:i + size], completions[i:i + size])
         loss = recipe_loss(recipe, lambda index: logp(index - start), sources, of_part, config.top_k)
-        if loss.requires_grad:             # else no token of this part is trained on
-            loss.backward()
+        loss.backward()
         total += loss.item()
         entropies.append(token_scores(logp, tokens[start:end]).entropy)
     norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0).item()
@@ -456,27 +465,35 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
 
 
 # ------------------------------------------------------------------------------------------------------ 7. warm start
-def warm_start(task, role: str, config: Config, held_out: set[str], steps: int = 200) -> str:
-    """Teaches a tiny Qwen3, of single characters, what its author writes. Returns the folder of the checkpoint."""
-    torch.manual_seed(config.seed)
-    author, rng = getattr(task, role), random.Random(config.seed)
-    ids = {character: i for i, character in enumerate(["<eos>", *task.CHARACTERS])}
+def tiny_policy(characters: str, layers: int) -> tuple:
+    """A tokenizer of single characters, and a tiny Qwen3."""
+    ids = {character: i for i, character in enumerate(["<eos>", *characters])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
     words.pre_tokenizer, words.decoder = tokenizers.pre_tokenizers.Split("", "isolated"), tokenizers.decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(ids), hidden_size=128, intermediate_size=384, num_hidden_layers=author.layers, head_dim=32,
+    return tokenizer, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(ids), hidden_size=128, intermediate_size=256, num_hidden_layers=layers, head_dim=32,
         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=0, initializer_range=0.06))
-    model.vocabulary, model.shares_prompts = len(ids), False
+
+
+def warm_start(task, role: str, config: Config, held_out: set[str], steps: int = 200) -> str:
+    """Teaches a tiny model what its author writes. Returns the folder of the checkpoint."""
+    torch.manual_seed(config.seed)
+    author, rng = getattr(task, role), random.Random(config.seed)
+    tokenizer, model = task.policy(author.layers)
+    model.vocabulary, model.look = len(tokenizer), task.look
     adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), f"warm start of the {role}", unit="step"):
-        prompts, solutions = [], []
-        while len(prompts) < 128:
+        rows, solutions = [], []
+        while len(rows) < 128:
             row, form = task.problem(rng), config.hint if rng.random() < author.hinted else "none"
             if row["prompt"] not in held_out:
-                prompts.append(with_hint(row, form, task.hint_template))
+                rows.append(row | {"form": form})
                 solutions.append(task.solution(row, form, author, rng) + "<eos>")
-        rows, completions = [{"plain": ids} for ids in tokenizer(prompts).input_ids], tokenizer(solutions).input_ids
+        with explained(f"task {config.task}: all of its characters must be in CHARACTERS"):
+            completions = tokenizer(solutions).input_ids
+            for row in rows:
+                row["plain"] = tokenizer(with_hint(row, row["form"], task.hint_template)).input_ids
         logp = score(Policy(model, "plain"), rows, completions)(slice(None))                 # (N, V)
         (-logp.gather(1, torch.tensor(sum(completions, []))[:, None]).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -551,17 +568,18 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
 # -------------------------------------------------------------------------------------- 9. data, real models, main
 def read_rows(config: Config) -> list[dict]:
     """The rows of --data, with a hint of the form that was asked for."""
-    path, given, rows = Path(config.data), f"--data {config.data}", []
+    path, given = Path(config.data), f"--data {config.data}"
     kind = path.suffix[1:].replace("jsonl", "json") if path.is_file() else config.data
     with explained(given):                 # what is on disk may have changed since it was last read
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
                                       download_mode="force_redownload" if path.exists() else None)
-    for number, row in enumerate(table, 1):
-        hints = {config.hint: row.get("hint")} | (row.get("hints") or {}) | {"none": ""}
-        texts = {"prompt": row.get("prompt"), "answer": row.get("answer"), "hint": hints[config.hint]}
+    rows = [{key: row.get(key) for key in ("prompt", "answer", "hint", "hints", "image", "hinted_image")}
+            for row in table]
+    for number, row in enumerate(rows, 1):
+        row["hints"] = {config.hint: row["hint"]} | (row["hints"] or {}) | {"none": ""}
+        texts = {"prompt": row["prompt"], "answer": row["answer"], "hint": row["hints"][config.hint]}
         wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value and name != "hint"]
-        require(not wrong, f"{given}, row {number}: no text for {' and '.join(wrong)}; the columns are {[*row]}")
-        rows.append({"prompt": row["prompt"], "answer": row["answer"], "hints": hints})
+        require(not wrong, f"{given}, row {number}: no text for {', '.join(wrong)}; columns: {table.column_names}")
     return rows
 
 
@@ -591,7 +609,7 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
                     f"tokens, ids up to {max(ids, default=0)}; room for {room}, ids up to {model.vocabulary - 1}")
 
 
-def load(config: Config, max_new_tokens: int) -> tuple:
+def load(config: Config, max_new_tokens: int, look: Callable | None = None) -> tuple:
     """Tokenizer, teacher and student, with one vocabulary. The weights of the student are always float32."""
     models, words, ends = [], [], {None}
     for role, name, dtype in (("teacher", config.teacher, config.dtype), ("student", config.student, "float32")):
@@ -610,45 +628,55 @@ def load(config: Config, max_new_tokens: int) -> tuple:
         require(not loading["missing_keys"], f"--{role} {name}: no weights for {sorted(loading['missing_keys'])[:1]}")
     eos_ids = sorted(ends - {None})
     require(words[0] == words[1] and eos_ids, "--teacher, --student: must share one tokenizer, and it needs an EOS")
+    if config.gradient_checkpointing:      # only the layers that do it leave eval mode: nothing drops out
+        models[1].activation_checkpointing_enable()
+        for layer in models[1].modules():
+            layer.training = isinstance(layer, GradientCheckpointingLayer)
     heights = [model.get_input_embeddings().num_embeddings for model in models]
     for model, height in zip(models, heights):
-        model.vocabulary = min(max(words[0].values()) + 1, *heights)      # further rows of the table are no tokens
-        model.shares_prompts = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+        model.look, model.vocabulary = None, min(max(words[0].values()) + 1, *heights)     # further rows are no tokens
+        placeholders = [token for name, token in vars(model.config).items() if re.match("image.*_token_id", name)]
         model.generation_config = transformers.GenerationConfig(          # the model's own distribution, nothing else
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
-            pad_token_id=eos_ids[0], suppress_tokens=list(range(model.vocabulary, height)) or None)
+            pad_token_id=eos_ids[0], suppress_tokens=[*range(model.vocabulary, height), *placeholders] or None)
         # Some architectures cannot be padded, or change their logits after the last layer: compare with single rows.
         rows = [{"plain": [*range(length)]} for length in (3, 3, 8, 8)]
-        with torch.no_grad(), explained(f"{model.name_or_path}: cannot be scored in batches"):
+        with explained(f"{model.name_or_path}: cannot be scored in batches"):
             single = [model(torch.tensor([row["plain"]], device=config.device)).logits[0, -1] for row in rows]
             expected = torch.stack(single)[:, :model.vocabulary].float().log_softmax(-1)
             error = (expected - score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))).abs().mean().item()
         require(error < (0.1 if model.dtype == torch.bfloat16 else 1e-3), f"{model.name_or_path}: not supported, since "
                 f"its scores differ between a padded batch and single rows, by {error:.2g} nats")
+        model.look = look
     return tokenizer, models[0].requires_grad_(False), models[1]
 
 
-def run(config: Config) -> list[dict]:
-    """Every recipe from the same student, then the report. Returns the log."""
-    task = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task]
-    rng, log, splits = random.Random(0), [], {}
-    rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
-    require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
-    for row in rows:                       # by its prompt: no prompt is both trained on and tested
-        draw = random.Random(row["prompt"]).random()
-        splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
-    require(len(splits) == 3, f"--data or task: {len(rows)} rows hold too few prompts for train, validation, test")
-    with explained(f"--out {config.out}"):
-        Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
-    config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")
-    require(not Path(config.out, "config.json").exists(), f"--out {config.out}: holds a run; choose another folder")
-    if not config.teacher:
-        held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-        config.teacher, config.student = (warm_start(task, role, config, held_out) for role in ("teacher", "student"))
-    tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens)
-    encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
-    with explained(f"--out {config.out}: another run took it"), open(f"{config.out}/config.json", "x") as file:
-        json.dump(asdict(config), file, indent=1)
+def run(config: Config, saved: dict | None = None) -> list[dict]:
+    """Every recipe from the same student, then the report; from the start, or from a checkpoint. Returns the log."""
+    task, log = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task], []
+    if saved:
+        log, splits = saved["log"], saved["splits"]
+    else:
+        rng, splits = random.Random(0), {}
+        rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
+        require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
+        for row in rows:                   # by its prompt: no prompt is both trained on and tested
+            draw = random.Random(row["prompt"]).random()
+            splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
+        require(len(splits) == 3, f"--data or task: {len(rows)} rows hold too few prompts for train, validation, test")
+        with explained(f"--out {config.out}"):
+            Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
+        config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")
+        require(not Path(config.out, "config.json").exists(), f"--out {config.out}: holds a run; choose another folder")
+        if not config.teacher:
+            held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
+            config.teacher = warm_start(task, "teacher", config, held_out)
+            config.student = warm_start(task, "student", config, held_out)
+    tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens, task.look)
+    if not saved:
+        encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
+        with explained(f"--out {config.out}: another run took it"), open(f"{config.out}/config.json", "x") as file:
+            json.dump(asdict(config), file, indent=1)
 
     def test(name: str, model) -> None:
         plain, hinted = (evaluate(Policy(model, reads), splits["test"][:config.test_prompts], task, tokenizer, config)
@@ -657,18 +685,24 @@ def run(config: Config) -> list[dict]:
 
     # bfloat16 is for the matrix products only. No cache: it would keep serving the weights of before the step.
     with torch.autocast(teacher.device.type, torch.bfloat16, config.dtype == "bfloat16", cache_enabled=False):
-        test("student before", untrained)
-        test("teacher", teacher)
-        for name in config.recipe if config.steps else ():
-            # Seed and step decide every random draw.
-            student, recipe = copy.deepcopy(untrained), RECIPES[name]
+        if not saved:
+            test("student before", untrained)
+            test("teacher", teacher)
+        tested = {row["recipe"] for row in log if "test" in row}
+        for name in [name for name in config.recipe if config.steps and name not in tested]:
+            student, recipe, done = copy.deepcopy(untrained), RECIPES[name], 0
             anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
             policies = {"student": Policy(student, "plain"), "privileged_student": Policy(anchor, "hinted"),
                         "teacher": Policy(teacher, "plain"), "privileged_teacher": Policy(teacher, "hinted")}
             optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
+            parts = {"student": student, "anchor": anchor, "optimizer": optimizer}
+            if saved and saved["recipe"] == name:
+                done = saved["step"]
+                for key, part in parts.items():
+                    part.load_state_dict(saved[key])
             order = random.Random(config.seed).sample(splits["train"], len(splits["train"]))
-            for step in tqdm(range(config.steps), name, unit="step"):
-                torch.manual_seed(config.seed * 10**6 + step)
+            for step in tqdm(range(done, config.steps), name, config.steps, initial=done, unit="step"):
+                torch.manual_seed(config.seed * 10**6 + step)             # seed and step decide every random draw
                 rows = [order[(step * config.batch_size + i) % len(order)] for i in range(config.batch_size)]
                 optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * math.cos(math.pi * step / config.steps))
                 log.append({"recipe": name, "step": step + 1} | distill_step(recipe, policies, optimizer, rows, config))
@@ -677,10 +711,14 @@ def run(config: Config) -> list[dict]:
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                     validation = splits["validation"][:256]
                     log[-1]["validation"] = evaluate(policies["student"], validation, task, tokenizer, config)
-                    student.save_pretrained(f"{config.out}/{name}")
-                    tokenizer.save_pretrained(f"{config.out}/{name}")
                     Path(config.out, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+                    state = {"config": asdict(config), "cwd": os.getcwd(), "splits": splits, "log": log, "recipe": name,
+                             "step": step + 1} | {key: part.state_dict() for key, part in parts.items()}
+                    torch.save(state, f"{config.out}/saving.pt")
+                    os.replace(f"{config.out}/saving.pt", f"{config.out}/checkpoint.pt")     # whole, or as it was
             test(name, student)
+            student.save_pretrained(f"{config.out}/{name}")
+            tokenizer.save_pretrained(f"{config.out}/{name}")
     report(log, tokenizer, config.out)
     return log
 
@@ -691,8 +729,14 @@ def main(argv: list[str]) -> None:
     datasets.disable_progress_bars()
     parser = HfArgumentParser(Config, usage="python dopd.py [--flag value ...]", allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; see --help")
-    config = Config(**vars(parser.parse_args(argv)))
-    run(config)
+    config, saved = Config(**vars(parser.parse_args(argv))), None
+    if config.resume:
+        require(len(argv) == 2, "--resume FOLDER: takes no other flag; the run keeps its own")
+        with explained(f"--resume {config.resume}: no checkpoint to go on from"):
+            saved = torch.load(f"{config.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
+            os.chdir(saved["cwd"])         # relative names mean what they meant
+        config = Config(**saved["config"])
+    run(config, saved)
     print(f"all of it is in {config.out}/")
 
 
