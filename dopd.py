@@ -5,9 +5,8 @@ hint that the student will not see later. For each token DOPD asks: if the stude
 agree with the teacher? If yes, a light correction is enough. If no, the one that is surer of the token teaches it.
 
     python dopd.py                       # the CPU experiment: minutes, then look into runs/
-    python dopd.py --task rules          # the other task
-    python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda --dtype bfloat16 \\
-        --recipe dopd --lr 5e-6 --top_k 128 --batch_size 128 --micro_batch 8
+    python dopd.py --resume runs/NAME    # go on after an interruption
+    python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda      # see README.md
 
 Shapes: B completions; T tokens in the longest one; N tokens in all of them, joined end to end without padding; V tokens
 in the vocabulary; H hidden size; R rows of a recipe. All logarithms are natural; divergences and gaps are in nats.
@@ -32,13 +31,12 @@ import pandas
 import tokenizers
 import torch
 import transformers
-from matplotlib.figure import Figure
+from matplotlib import pyplot
 from rich import console, markdown, text
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 # ------------------------------------------------------------------------------------------------------ 1. config
@@ -47,7 +45,7 @@ class Config:
     """All flags. The defaults are the CPU experiment."""
     task: str = HfArg(default="shortcut", help="synthetic task of the tiny policies: shortcut or rules")
     recipe: list[str] = HfArg(default_factory=lambda: [*RECIPES][:4], help="one or more methods to compare")
-    hint: str = HfArg(default="steps", help="form of the hint; of the tiny tasks: steps, execution or none")
+    hint: str = HfArg(default="steps", help="form of the hint; of the tiny tasks: steps or none")
     seed: int = HfArg(default=0, help="of the warm start, the rollouts and the order of the data")
     steps: int = HfArg(default=160, help="optimizer steps; 0 evaluates only; paper: 200")
     batch_size: int = HfArg(default=32, help="prompts per optimizer step; paper: 128")
@@ -71,17 +69,13 @@ class Config:
 
     def __post_init__(self):
         require(self.task in TASKS, f"--task {self.task}: must be one of {', '.join(TASKS)}")
-        require({*self.recipe} <= {*RECIPES} and len({*self.recipe}) == len(self.recipe),
-                f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}, each at most once")
+        require({*self.recipe} <= {*RECIPES}, f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}")
         for name, value in vars(self).items():
             least = 1 if name.endswith(("_size", "rollouts", "top_k", "_every", "_prompts")) else 0
             require(isinstance(value, (str, list)) or least <= value < math.inf, f"--{name} {value}: at least {least}")
         require(bool(self.teacher) == bool(self.student) >= bool(self.data), "--data needs --teacher and --student")
-        template = self.hint_template or "{hint}{prompt}"
-        require("{hint}" in template and "{prompt}" in template and "\\n" not in template,
-                "--hint_template: needs {hint} and {prompt}, and no backslash-n; for a new line, $'...\\n...' in bash")
-        with explained(f"--device {self.device}, --answer_regex {self.answer_regex}"):
-            torch.empty(0, device=self.device)
+        require("\\n" not in self.hint_template, "--hint_template: for a new line instead of backslash-n: $'...\\n'")
+        with explained(f"--answer_regex {self.answer_regex}"):
             require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
 
 
@@ -123,24 +117,16 @@ class Rules(NamedTuple):
     student: Author
     hint_template: str = "{hint}|{prompt}"
     max_new_tokens: int = 7
-    look = None                 # it has no pictures
-
     CHARACTERS = "0123456789=|abcdefghijklm"
     STABLE = dict(zip("abcdefghij", (3, 7, 1, 8, 5, 9, 2, 6, 4, 0)))
     WILD = {"k": (1, 4, 6, 9), "l": (8, 2, 5, 3), "m": (0, 7, 3, 6)}      # with 40, 30, 20, 10%: 1.28 nats of entropy
 
-    def policy(self, layers: int) -> tuple:
-        """Tokenizer and model of a tiny policy."""
-        return tiny_policy(self.CHARACTERS, layers)
-
     def problem(self, rng: random.Random) -> dict:
-        """A new row."""
         start = rng.randrange(10)
         names = "".join(rng.choice("klm" if rng.random() < 0.2 else "abcdefghij") for _ in range(3))
         digits = self.recall(names, 10, rng)
         worked = self.work(start, digits)
-        hints = {"steps": worked[::2], "execution": worked, "none": ""}
-        return {"prompt": f"{start}{names}=", "answer": worked, "hints": hints}
+        return {"prompt": f"{start}{names}=", "answer": worked, "hints": {"steps": worked[::2], "none": ""}}
 
     def recall(self, names: str, knows: int, rng: random.Random) -> list[int]:
         """The digits that the names stand for, or a guess."""
@@ -159,7 +145,7 @@ class Rules(NamedTuple):
         start, digits = int(row["prompt"][0]), [int(digit) for digit in row["answer"][::2]]
         if form == "none":
             digits = self.recall(row["prompt"][1:-1], author.knows, rng)
-        worked = self.work(start, digits, 0.0 if form == "execution" else author.slips, rng)
+        worked = self.work(start, digits, author.slips, rng)
         skips = author.skips if form == "none" else author.skips_hinted
         return f"={worked[-1]}" if rng.random() < skips else worked
 
@@ -184,12 +170,10 @@ class OwnData(NamedTuple):
     answer_regex: str
     hint_template: str = "{prompt}\n\nHint: {hint}"
     max_new_tokens: int = 512
-    look = None
     grade = staticmethod(lambda row, tokens: [])                          # nobody knows what a real token asks for
 
     def check(self, row: dict, completion: str) -> bool:
-        matches = re.findall(self.answer_regex, completion)
-        return bool(matches) and matches[-1].strip() == row["answer"].strip()
+        return [found.strip() for found in re.findall(self.answer_regex, completion)][-1:] == [row["answer"].strip()]
 
 
 STRONG, WEAK = Author(layers=3, hinted=0.5, knows=7), Author(layers=2, hinted=0.3, knows=4, slips=0.6)
@@ -199,41 +183,26 @@ TASKS = {"rules": Rules(STRONG, WEAK),
 
 # ---------------------------------------------------------------------------------- 3. policies: score and sample
 # A model and what it reads of a row: "plain" (student, teacher) or "hinted" (privileged student, privileged teacher),
-# the token ids of the prompt without or with the hint. All four score the same completion tokens.
+# the token ids of the prompt without or with the hint. All four score the same completion tokens. `model.look`, where
+# it is not None, gives what a model that sees pictures reads besides: rows, key, ids (B, L) -> {name: tensor}.
 Policy = NamedTuple("Policy", [("model", transformers.PreTrainedModel), ("reads", str)])
 
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_batch: int = 0) -> Callable:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row. Returns a function
     from an index (n,) to (n, V). It keeps hidden states (N, H), at a real vocabulary 70 times smaller than (N, V)."""
-    model, size = policy.model, micro_batch or len(rows)
-    hidden = torch.cat([hidden_states(policy, rows[i:i + size], completions[i:i + size])
-                        for i in range(0, len(rows), size)])              # (N, H)
+    model, hidden, size = policy.model, [], micro_batch or len(rows)
+    for i in range(0, len(rows), size):
+        prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", model.device)       # (B, P)
+        tokens, mask = pad(completions[i:i + size], "right", model.device)                               # (B, T)
+        ids = torch.cat([prompts, tokens[:, :-1]], 1)                     # (B, P+T-1): the last token predicts nothing
+        attention = torch.cat([real, mask[:, :-1]], 1).long()
+        positions = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+        inputs = model.look(rows[i:i + size], policy.reads, ids) if model.look else positions
+        states = model.base_model(ids, attention_mask=attention, use_cache=False, **inputs).last_hidden_state
+        hidden.append(states[:, -tokens.shape[1]:][mask])
+    hidden = torch.cat(hidden)                                            # (N, H)
     return lambda index: model.get_output_embeddings()(hidden[index])[..., :model.vocabulary].float().log_softmax(-1)
-
-
-def hidden_states(policy: Policy, rows: list[dict], completions: list[list[int]]) -> torch.Tensor:
-    """The last hidden states (N, H), from which the N tokens of B completions are predicted."""
-    prompts, real = pad([row[policy.reads] for row in rows], "left", policy.model.device)    # (B, P)
-    tokens, mask = pad(completions, "right", policy.model.device)         # (B, T)
-    ids = torch.cat([prompts, tokens[:, :-1]], 1)                         # (B, P+T-1): the last token predicts nothing
-    attention = torch.cat([real, mask[:, :-1]], 1).long()
-    inputs = picture_inputs(policy, rows, ids) or {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-    states = policy.model.base_model(ids, attention_mask=attention, use_cache=False, **inputs).last_hidden_state
-    return states[:, -tokens.shape[1]:][mask]
-
-
-def picture_inputs(policy: Policy, rows: list[dict], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model that sees pictures reads besides the token ids (B, L): joined over the rows, along the first
-    dimension. Such models count their positions themselves."""
-    if not policy.model.look:
-        return {}
-    seen = [policy.model.look(row, policy.reads) for row in rows]
-    inputs = {name: torch.cat([each[name] for each in seen]).to(ids.device)
-              for name in seen[0] if name.startswith(("pixel", "image"))}
-    if "image_grid_thw" in inputs:         # Qwen-VL: which tokens are parts of a picture
-        inputs["mm_token_type_ids"] = (ids == policy.model.config.image_token_id).long()
-    return inputs
 
 
 def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,7 +219,7 @@ def rollout(policy: Policy, rows: list[dict], micro_batch: int = 0) -> list[list
     completions, size = [], micro_batch or len(rows)
     for i in range(0, len(rows), size):
         prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", policy.model.device)
-        inputs = picture_inputs(policy, rows[i:i + size], prompts)
+        inputs = policy.model.look(rows[i:i + size], policy.reads, prompts) if policy.model.look else {}
         sampled = policy.model.generate(prompts, attention_mask=real.long(), **inputs)[:, prompts.shape[1]:]
         for ids in sampled.tolist():
             ends = [place for place, token in enumerate(ids) if token in policy.model.generation_config.eos_token_id]
@@ -447,8 +416,7 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
     total, entropies, end, size = 0.0, [], 0, config.micro_batch or len(rows)
     for i in range(0, len(rows), size):
         start, end = end, end + int(lengths[i:i + size].sum())            # its tokens among the N
-        of_part = torch.zeros_like(weights)
-        of_part[:, start:end] = weights[:, start:end]
+        of_part = torch.nn.functional.pad(weights[:, start:end], (start, len(tokens) - end))
         logp = score(student, rows[i:i + size], completions[i:i + size])
         loss = recipe_loss(recipe, lambda index: logp(index - start), sources, of_part, config.top_k)
         loss.backward()
@@ -480,8 +448,8 @@ def warm_start(task, role: str, config: Config, held_out: set[str], steps: int =
     """Teaches a tiny model what its author writes. Returns the folder of the checkpoint."""
     torch.manual_seed(config.seed)
     author, rng = getattr(task, role), random.Random(config.seed)
-    tokenizer, model = task.policy(author.layers)
-    model.vocabulary, model.look = len(tokenizer), task.look
+    tokenizer, model = getattr(task, "policy", tiny_policy)(task.CHARACTERS, author.layers)
+    model.vocabulary, model.look = len(tokenizer), getattr(task, "look", None)
     adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), f"warm start of the {role}", unit="step"):
         rows, solutions = [], []
@@ -490,10 +458,9 @@ def warm_start(task, role: str, config: Config, held_out: set[str], steps: int =
             if row["prompt"] not in held_out:
                 rows.append(row | {"form": form})
                 solutions.append(task.solution(row, form, author, rng) + "<eos>")
-        with explained(f"task {config.task}: all of its characters must be in CHARACTERS"):
-            completions = tokenizer(solutions).input_ids
-            for row in rows:
-                row["plain"] = tokenizer(with_hint(row, row["form"], task.hint_template)).input_ids
+        prompts = tokenizer([with_hint(row, row["form"], task.hint_template) for row in rows]).input_ids
+        completions = tokenizer(solutions).input_ids
+        rows = [row | {"plain": prompt} for row, prompt in zip(rows, prompts)]
         logp = score(Policy(model, "plain"), rows, completions)(slice(None))                 # (N, V)
         (-logp.gather(1, torch.tensor(sum(completions, []))[:, None]).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -538,10 +505,9 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
         terminal.print(f"\n{row['recipe']}, step {row['step']}: rollouts of the student, every token in its regime",
                        *(text.Text(f" {regime.name} ", f"black on {COLOURS[regime % 8]}") for regime in regimes))
         for prompt, ids, of_ids in row["rollouts"]:
-            line = text.Text(prompt)
-            for token, regime in zip(ids, of_ids):
-                line.append(tokenizer.decode([token]), f"black on {COLOURS[regime % 8]}" if regime in regimes else "")
-            terminal.print(line)
+            terminal.print(text.Text.assemble(prompt, *(
+                (tokenizer.decode([token]), f"black on {COLOURS[regime % 8]}" if regime in regimes else "")
+                for token, regime in zip(ids, of_ids))))
     tests = pandas.DataFrame({row["recipe"]: row["test"] for row in log if "test" in row}).T
     head, *lines = tests.to_csv(sep="|", float_format="%.2f", na_rep="-", index_label="policy").splitlines()
     table = "\n".join(f"|{line}|" for line in (head, "|".join("-" * (1 + tests.shape[1])), *lines))
@@ -550,12 +516,12 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
     Path(folder, "report.md").write_text(table + "\n")
     Path(folder, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     frame = pandas.json_normalize([row for row in log if "step" in row])
-    routed = [name for name in frame.get("recipe", pandas.Series()).unique() if RECIPES[name].router]
-    figure = Figure(figsize=(8 + 4 * len(routed), 4), layout="constrained")
-    axes = figure.subplots(1, 2 + len(routed))
+    if frame.empty:
+        return
+    routed = [name for name in frame.recipe.unique() if RECIPES[name].router]
+    figure, axes = pyplot.subplots(1, 2 + len(routed), figsize=(8 + 4 * len(routed), 4), layout="constrained")
     for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match", "entropy (nats)")):
-        if column in frame:
-            frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name)
+        frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name)
     for axis, name in zip(axes[2:], routed):
         shares = pandas.DataFrame([row["regime_share"] for row in log if "step" in row and row["recipe"] == name])
         colours = {row.regime.name: COLOURS[row.regime % 8] for row in RECIPES[name].rows}
@@ -573,11 +539,10 @@ def read_rows(config: Config) -> list[dict]:
     with explained(given):                 # what is on disk may have changed since it was last read
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
                                       download_mode="force_redownload" if path.exists() else None)
-    rows = [{key: row.get(key) for key in ("prompt", "answer", "hint", "hints", "image", "hinted_image")}
-            for row in table]
+        rows = [*table]
     for number, row in enumerate(rows, 1):
-        row["hints"] = {config.hint: row["hint"]} | (row["hints"] or {}) | {"none": ""}
-        texts = {"prompt": row["prompt"], "answer": row["answer"], "hint": row["hints"][config.hint]}
+        row["hints"] = {config.hint: row.get("hint")} | (row.get("hints") or {}) | {"none": ""}
+        texts = {"prompt": row.get("prompt"), "answer": row.get("answer"), "hint": row["hints"][config.hint]}
         wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value and name != "hint"]
         require(not wrong, f"{given}, row {number}: no text for {', '.join(wrong)}; columns: {table.column_names}")
     return rows
@@ -601,22 +566,21 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
             rendered = texts if not chat else tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         print(f"first row, {key}: {rendered[0]!r}")
-        encoded = tokenizer(rendered, add_special_tokens=not chat).input_ids
-        for row, prompt, seen, ids in zip(rows, texts, rendered, encoded):
+        for row, seen, ids in zip(rows, rendered, tokenizer(rendered, add_special_tokens=not chat).input_ids):
             row[key] = ids[:-1] if ids and ids[-1] in options.eos_token_id else ids        # some tokenizers end a text
-            require(prompt.strip() in seen, f"chat template of the student: loses the prompt {prompt[:60]!r}")
-            require(0 < len(row[key]) <= room and max(ids) < model.vocabulary, f"{prompt[:60]!r}: {len(row[key])} "
-                    f"tokens, ids up to {max(ids, default=0)}; room for {room}, ids up to {model.vocabulary - 1}")
+            require(all(part.strip() in seen for part in (row["prompt"], row["hints"][read])),
+                    f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
+            require(0 < len(row[key]) <= room and max(ids) < model.vocabulary,
+                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens, ids up to {max(ids, default=0)}; room for {room}, ids up to {model.vocabulary - 1}")
 
 
-def load(config: Config, max_new_tokens: int, look: Callable | None = None) -> tuple:
+def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
     """Tokenizer, teacher and student, with one vocabulary. The weights of the student are always float32."""
     models, words, ends = [], [], {None}
     for role, name, dtype in (("teacher", config.teacher, config.dtype), ("student", config.student, "float32")):
-        with explained(f"--{role} {name}"):
+        with explained(f"--{role} {name}, --device {config.device}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=getattr(torch, dtype), output_loading_info=True)
+            model, loading = auto.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
             models.append(model.to(config.device).eval())
             words.append(tokenizer.get_vocab())
             eos = model.generation_config.eos_token_id
@@ -628,36 +592,30 @@ def load(config: Config, max_new_tokens: int, look: Callable | None = None) -> t
         require(not loading["missing_keys"], f"--{role} {name}: no weights for {sorted(loading['missing_keys'])[:1]}")
     eos_ids = sorted(ends - {None})
     require(words[0] == words[1] and eos_ids, "--teacher, --student: must share one tokenizer, and it needs an EOS")
-    if config.gradient_checkpointing:      # only the layers that do it leave eval mode: nothing drops out
-        models[1].activation_checkpointing_enable()
-        for layer in models[1].modules():
-            layer.training = isinstance(layer, GradientCheckpointingLayer)
+    if config.gradient_checkpointing:      # works in training mode only: a model with dropout fails the check below
+        models[1].train().activation_checkpointing_enable()
     heights = [model.get_input_embeddings().num_embeddings for model in models]
     for model, height in zip(models, heights):
         model.look, model.vocabulary = None, min(max(words[0].values()) + 1, *heights)     # further rows are no tokens
-        placeholders = [token for name, token in vars(model.config).items() if re.match("image.*_token_id", name)]
         model.generation_config = transformers.GenerationConfig(          # the model's own distribution, nothing else
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
-            pad_token_id=eos_ids[0], suppress_tokens=[*range(model.vocabulary, height), *placeholders] or None)
+            pad_token_id=eos_ids[0], suppress_tokens=[*range(model.vocabulary, height)] or None)
         # Some architectures cannot be padded, or change their logits after the last layer: compare with single rows.
         rows = [{"plain": [*range(length)]} for length in (3, 3, 8, 8)]
         with explained(f"{model.name_or_path}: cannot be scored in batches"):
-            single = [model(torch.tensor([row["plain"]], device=config.device)).logits[0, -1] for row in rows]
-            expected = torch.stack(single)[:, :model.vocabulary].float().log_softmax(-1)
-            error = (expected - score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))).abs().mean().item()
+            single = [model(torch.tensor([row["plain"]], device=config.device)).logits[:, -1] for row in rows]
+            error = (score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))
+                     - torch.cat(single)[:, :model.vocabulary].float().log_softmax(-1)).abs().mean().item()
         require(error < (0.1 if model.dtype == torch.bfloat16 else 1e-3), f"{model.name_or_path}: not supported, since "
                 f"its scores differ between a padded batch and single rows, by {error:.2g} nats")
-        model.look = look
     return tokenizer, models[0].requires_grad_(False), models[1]
 
 
 def run(config: Config, saved: dict | None = None) -> list[dict]:
     """Every recipe from the same student, then the report; from the start, or from a checkpoint. Returns the log."""
-    task, log = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task], []
-    if saved:
-        log, splits = saved["log"], saved["splits"]
-    else:
-        rng, splits = random.Random(0), {}
+    task, rng = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task], random.Random(0)
+    log, splits = (saved["log"], saved["splits"]) if saved else ([], {})
+    if not saved:
         rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
         require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
         for row in rows:                   # by its prompt: no prompt is both trained on and tested
@@ -670,9 +628,9 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
         require(not Path(config.out, "config.json").exists(), f"--out {config.out}: holds a run; choose another folder")
         if not config.teacher:
             held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-            config.teacher = warm_start(task, "teacher", config, held_out)
-            config.student = warm_start(task, "student", config, held_out)
-    tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens, task.look)
+            config.teacher, config.student = (
+                warm_start(task, role, config, held_out) for role in ("teacher", "student"))
+    tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens)
     if not saved:
         encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
         with explained(f"--out {config.out}: another run took it"), open(f"{config.out}/config.json", "x") as file:
@@ -689,17 +647,16 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
             test("student before", untrained)
             test("teacher", teacher)
         tested = {row["recipe"] for row in log if "test" in row}
-        for name in [name for name in config.recipe if config.steps and name not in tested]:
-            student, recipe, done = copy.deepcopy(untrained), RECIPES[name], 0
+        for name in [name for name in dict.fromkeys(config.recipe) if config.steps and name not in tested]:
+            student, recipe = copy.deepcopy(untrained), RECIPES[name]
             anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
             policies = {"student": Policy(student, "plain"), "privileged_student": Policy(anchor, "hinted"),
                         "teacher": Policy(teacher, "plain"), "privileged_teacher": Policy(teacher, "hinted")}
             optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
             parts = {"student": student, "anchor": anchor, "optimizer": optimizer}
-            if saved and saved["recipe"] == name:
-                done = saved["step"]
-                for key, part in parts.items():
-                    part.load_state_dict(saved[key])
+            done = saved["step"] if saved and saved["recipe"] == name else 0
+            for key, part in parts.items() if done else ():
+                part.load_state_dict(saved[key])
             order = random.Random(config.seed).sample(splits["train"], len(splits["train"]))
             for step in tqdm(range(done, config.steps), name, config.steps, initial=done, unit="step"):
                 torch.manual_seed(config.seed * 10**6 + step)             # seed and step decide every random draw
@@ -712,7 +669,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
                     validation = splits["validation"][:256]
                     log[-1]["validation"] = evaluate(policies["student"], validation, task, tokenizer, config)
                     Path(config.out, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-                    state = {"config": asdict(config), "cwd": os.getcwd(), "splits": splits, "log": log, "recipe": name,
+                    state = {"config": asdict(config), "splits": splits, "log": log, "recipe": name,
                              "step": step + 1} | {key: part.state_dict() for key, part in parts.items()}
                     torch.save(state, f"{config.out}/saving.pt")
                     os.replace(f"{config.out}/saving.pt", f"{config.out}/checkpoint.pt")     # whole, or as it was
@@ -734,8 +691,7 @@ def main(argv: list[str]) -> None:
         require(len(argv) == 2, "--resume FOLDER: takes no other flag; the run keeps its own")
         with explained(f"--resume {config.resume}: no checkpoint to go on from"):
             saved = torch.load(f"{config.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-            os.chdir(saved["cwd"])         # relative names mean what they meant
-        config = Config(**saved["config"])
+        config = Config(**saved["config"] | {"out": config.resume})
     run(config, saved)
     print(f"all of it is in {config.out}/")
 

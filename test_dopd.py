@@ -372,8 +372,8 @@ def test_rollout_samples_from_the_students_own_distribution_up_to_an_eos(pair):
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 RULES, SHORTCUT = dopd.TASKS["rules"], dopd.TASKS["shortcut"]
-ROW = {"prompt": "7fba=", "answer": "967336", "hints": {"steps": "973", "execution": "967336", "none": ""}}
-WILD = {"prompt": "7fbk=", "answer": "967314", "hints": {"steps": "971", "execution": "967314", "none": ""}}
+ROW = {"prompt": "7fba=", "answer": "967336", "hints": {"steps": "973", "none": ""}}
+WILD = {"prompt": "7fbk=", "answer": "967314", "hints": {"steps": "971", "none": ""}}
 
 
 def test_checks_grades_and_solutions_by_hand():
@@ -394,14 +394,15 @@ def test_checks_grades_and_solutions_by_hand():
     rng, knows_all = random.Random(0), RULES.teacher._replace(knows=10)
     slips = knows_all._replace(slips=1.0)                                         # 16 becomes 7, 14 becomes 5, 8 stays
     for row, form, author, expected in ((ROW, "none", knows_all, {"967336"}), (ROW, "steps", slips, {"977538"}),
-                                        (ROW, "execution", slips, {"967336"}), (WILD, "steps", knows_all, {"967314"}),
+                                        (WILD, "steps", knows_all, {"967314"}),
                                         (WILD, "none", knows_all, {"967314", "967347", "967369", "967392"})):
         assert {RULES.solution(row, form, author, rng) for _ in range(200)} == expected
     for form, share in (("steps", 0.7), ("none", 0.0)):
         skips = [SHORTCUT.solution(WILD, form, SHORTCUT.teacher, rng) == "=4" for _ in range(500)]
         assert sum(skips) / 500 == pytest.approx(share, abs=0.07)
     for row in (RULES.problem(rng) for _ in range(200)):
-        assert RULES.solution(row, "steps", knows_all, rng) == row["answer"] == row["hints"]["execution"]
+        assert RULES.solution(row, "steps", knows_all, rng) == row["answer"]
+        assert row["hints"]["steps"] == row["answer"][::2]
         assert RULES.check(row, row["answer"]) in ((None,) if {*"klm"} & {*row["prompt"]} else (True,))
 
 
@@ -520,7 +521,7 @@ def test_a_loss_that_is_no_number_stops_the_run(pair, monkeypatch, capsys):
 def test_memory_at_a_real_vocabulary(monkeypatch):
     """A whole step, with two more policies, needs no more than the student's own forward and backward pass."""
     student, teacher = (tiny(height=151_936, seed=seed, initializer_range=0.02) for seed in (1, 2))
-    student.vocabulary, student.shares_prompts = teacher.vocabulary, teacher.shares_prompts = 151_936, False
+    student.vocabulary, student.look = teacher.vocabulary, teacher.look = 151_936, None
     ids = torch.randint(151_936, (16, 52))
     policies = {"student": Policy(student, "plain"), "privileged_student": Policy(student, "hinted"),
                 "privileged_teacher": Policy(teacher, "hinted")}
@@ -583,7 +584,7 @@ BAD = {                                              # flags: words of the line
     "--recipe dop": "--recipe dop dopd_frozen", "--task sums": "--task sums", "--dtype float8": "--dtype float8",
     "--hint whole": "--hint whole steps", "--learning 1": "--learning", "--step 1": "--step", "stray": "stray",
     "--data good.jsonl": "--data --teacher", "--teacher x": "--teacher --student",
-    "PAIR --hint_template {hint}": "--hint_template {prompt}",
+    "PAIR --hint_template {hint}": "--hint_template prompt", "PAIR --hint_template {prompt}": "--hint_template hint",
     "PAIR --answer_regex (": "--answer_regex", "PAIR --student ./nowhere": "--student nowhere",
     "PAIR --student cut": "--student cut up_proj", "PAIR --student other": "--teacher --student tokenizer",
     "PAIR --max_new_tokens 500": "What is 0 room", "PAIR --out taken": "--out taken",

@@ -11,8 +11,6 @@ finished run is not repeated: delete its folder after changing the code. To add 
 import contextlib
 import json
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys

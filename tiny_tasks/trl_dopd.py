@@ -59,7 +59,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         odd = "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier", "final_logit_softcapping"
         for model, text in ((model, model.config.get_text_config()) for model in (student, teacher, anchor)):
             dopd.require({getattr(text, key, None) for key in odd} <= {None, 1}, f"{text.model_type}: scales logits")
-            model.vocabulary, model.shares_prompts = text.vocab_size, False
+            model.vocabulary, model.look = text.vocab_size, None
 
     def score(self, name: str, rows: list[dict], completions: list[list[int]]) -> tuple:
         """The log-probs of one policy on this process's tokens, a function as of dopd.score, and their Scores."""
