@@ -22,10 +22,11 @@ BOTH_READ = RECIPES["dopd"].router_reads                                # the tw
 
 # ------------------------------------------------------------------------------------------------------- the anchor
 # Between live and frozen: a moving average of the student.
-RECIPES["dopd_98"], RECIPES["dopd_99"], RECIPES["dopd_995"] = (dopd(anchor_decay=decay) for decay in (0.98, 0.99, 0.995))
+for decay in (0.98, 0.99, 0.995):
+    RECIPES[f"dopd_{decay}"] = dopd(anchor_decay=decay)
 
 
-# ------------------------------------------------------------------------------------- the teacher with and without hint
+# ------------------------------------------------------------------------------------ the teacher with and without hint
 def half(w: float = 0.5) -> Recipe:
     """Reverse KL to the teacher with the hint (weight w) and without it (1 - w), on every token. Their sum is, but for
     a term without gradient, one reverse KL to the weighted geometric mean of the two. It is the anchored residual of
