@@ -22,8 +22,8 @@ BOTH_READ = RECIPES["dopd"].router_reads                                # the tw
 
 # ------------------------------------------------------------------------------------------------------- the anchor
 # Between live and frozen: a moving average of the student.
-for decay in (0.98, 0.99, 0.995):
-    RECIPES[f"dopd_{decay}"] = dopd(anchor_decay=decay)
+for decay in ("98", "99", "995"):
+    RECIPES[f"dopd_{decay}"] = dopd(anchor_decay=float(f"0.{decay}"))
 
 
 # ------------------------------------------------------------------------------------ the teacher with and without hint
