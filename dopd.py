@@ -571,7 +571,7 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
             require(all(part.strip() in seen for part in (row["prompt"], row["hints"][read])),
                     f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
             require(0 < len(row[key]) <= room and max(ids) < model.vocabulary,
-                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens of {room}, id {max(ids + [0])} of {model.vocabulary}")
+                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens (room: {room}), or a token that the model lacks")
 
 
 def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
