@@ -1,16 +1,19 @@
-"""Runs the experiments; writes results/NAME.csv, results/NAME.png and the tables of both READMEs.
+"""Runs the experiments; writes results/NAME.csv, the figures beside it, and the tables of both READMEs.
 
     pip install -r tiny_tasks/requirements.txt
-    python tiny_tasks/experiments.py main rules        # names of EXPERIMENTS, or all; two runs at a time, one thread each
-    python tiny_tasks/experiments.py --draw main       # tables and figures again, from the CSV
+    python tiny_tasks/experiments.py main rules        # names of EXPERIMENTS, or all; two at a time
+    python tiny_tasks/experiments.py --draw            # tables and figures again, from the CSV files that are there
 
 A run is one seed of one setting: its own tiny policies, then every recipe. It goes into runs/NAME/SETTING-seedN. A
-finished run is not repeated: delete its folder after changing the code. To add an experiment, add an entry to EXPERIMENTS.
+finished run is not repeated: delete its folder after changing the code. To add one, add an entry to EXPERIMENTS.
 """
 
 import contextlib
 import json
 import os
+import platform
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -22,12 +25,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")                           # before
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import joblib  # noqa: E402
+import numpy  # noqa: E402
 import pandas  # noqa: E402
+import seaborn  # noqa: E402
+from matplotlib import pyplot  # noqa: E402
+from scipy import stats  # noqa: E402
 
 import dopd  # noqa: E402
 import recipes  # noqa: E402, F401
 
-BASE = dict(dopd.TASKS)
+BASE, ASSIGN, STEP = dict(dopd.TASKS), dopd.assign, dopd.distill_step      # as they are before a run changes them
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
 
@@ -35,7 +42,8 @@ RESULTS = ROOT / "tiny_tasks/results"
 # ------------------------------------------------------------------------------------------------------ 1. experiments
 class Experiment(NamedTuple):
     """Every setting with every seed: flags of dopd.py, and the recipes that are compared."""
-    settings: dict                 # label: flags of dopd.py; also "teacher_author", "student_author", "dials": fields
+    settings: dict                 # label: flags of dopd.py; and "teacher_author", "student_author", "dials": fields;
+                                   # "student_reads": "hinted" where the student reads the hint while it trains
     recipes: list[str]
     seeds: range = range(3)
     start: str = ""                # an experiment of the same task whose tiny policies are used again
@@ -94,7 +102,9 @@ EXPERIMENTS = {
     "tokens": Experiment(TASKS, [f"vanilla without {which}" for which in ("highest", "lowest", "random")],
                          start="main rules"),
     "long": Experiment({task: TASKS[task] | {"steps": 360} for task in TASKS},
-                       ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen", "half"], start="main rules"),
+                       ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen"], start="main rules"),
+    "long_hinted": Experiment({task: TASKS[task] | {"steps": 360, "student_reads": "hinted"} for task in TASKS},
+                              ["privileged_teacher"], start="main rules"),
 }
 
 
@@ -128,21 +138,23 @@ def run(name: str, label: str, seed: int) -> None:
     for start in experiment.start.split():
         if flags["task"] in EXPERIMENTS[start].settings:
             flags |= {role: str(folder_of(start, flags["task"], seed) / role) for role in ("teacher", "student")}
+    reads = flags.pop("student_reads", "plain")
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
-    seen, assign, start = [], dopd.assign, time.time()
+    seen, start = [], time.time()
 
     def noted(recipe, scores, lengths):
-        regimes, weights = assign(recipe, scores, lengths)
+        regimes, weights = ASSIGN(recipe, scores, lengths)
         if recipe.router == recipes.by_advantage_gap:
             recipe_name = next(key for key, value in dopd.RECIPES.items() if value is recipe)
             seen.append({"recipe": recipe_name} | first_tokens(regimes, scores, lengths))
         return regimes, weights
 
     dopd.assign = noted
+    dopd.distill_step = lambda recipe, policies, *rest: STEP(
+        recipe, policies | {"student": policies["student"]._replace(reads=reads)}, *rest)
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         dopd.run(dopd.Config(**flags, recipe=experiment.recipes, seed=seed, out=str(folder)))
-    dopd.assign = assign
     Path(folder, "first.json").write_text(json.dumps(seen))
     for file in folder.glob("*/*.safetensors"):                         # the students, which nobody reads again
         if file.parent.name not in ("teacher", "student"):
@@ -171,8 +183,256 @@ def collect(name: str) -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
-if __name__ == "__main__":
-    names = list(EXPERIMENTS) if sys.argv[1:] == ["all"] else sys.argv[1:]
-    jobs = [joblib.delayed(run)(name, label, seed) for name in names for label in EXPERIMENTS[name].settings
-            for seed in EXPERIMENTS[name].seeds]
+# ----------------------------------------------------------------------------------------------- 3. where tokens land
+def audit(name: str) -> pandas.DataFrame:
+    """How many tokens of every kind went to which regime, over the rollouts that metrics.jsonl keeps."""
+    counts = {}
+    for label, seed in ((label, seed) for label in EXPERIMENTS[name].settings for seed in EXPERIMENTS[name].seeds):
+        for row in map(json.loads, Path(folder_of(name, label, seed), "metrics.jsonl").read_text().splitlines()):
+            for prompt, ids, regimes in row.get("rollouts", []) if row["recipe"] in ("dopd", "dopd_frozen") else []:
+                for kind, regime in zip(kinds_of(prompt, ids), regimes):
+                    key = label, row["recipe"], kind, dopd.Regime(regime).name
+                    counts[key] = counts.get(key, 0) + 1
+    return pandas.Series(counts).rename_axis(["setting", "policy", "kind", "regime"]).rename("tokens").reset_index()
+
+
+def kinds_of(prompt: str, ids: list[int]) -> list[str]:
+    """What every token of a completion is: a name's digit, right or wrong; a sum, right or wrong; part of a skip."""
+    task, tokens = BASE["rules"], [["<eos>", *dopd.Rules.CHARACTERS][i] for i in ids]
+    answer = task.work(int(prompt[0]), task.recall(prompt[1:-1], 10, random.Random(0)))
+    skips = tokens[0] == "="
+    kinds = ["skip"] + ["after a skip"] * (len(ids) - 1) if skips else ["end"] * len(ids)
+    for place, kind, right in task.grade({"prompt": prompt, "answer": answer}, tokens)[1:]:
+        kinds[place] = "wild digit" if kind == "unlearnable" else f"{kind}, {'right' if right else 'wrong'}"
+    return kinds
+
+
+def anchor(name: str) -> pandas.DataFrame:
+    """What the router sees of the first tokens, every tenth step."""
+    parts = []
+    for label, seed in ((label, seed) for label in EXPERIMENTS[name].settings for seed in EXPERIMENTS[name].seeds):
+        frame = pandas.DataFrame(json.loads(Path(folder_of(name, label, seed), "first.json").read_text()))
+        frame["step"] = frame.groupby("recipe").cumcount() + 1
+        parts.append(frame[frame.recipe.isin(["dopd", "dopd_frozen"]) & (frame.step % 10 == 1)].assign(seed=seed))
+    return pandas.concat(parts)
+
+
+def curves(name: str) -> pandas.DataFrame:
+    """Entropy and exact match (validation) on the way, every twentieth step."""
+    parts = []
+    for label, seed in ((label, seed) for label in EXPERIMENTS[name].settings for seed in EXPERIMENTS[name].seeds):
+        rows = map(json.loads, Path(folder_of(name, label, seed), "metrics.jsonl").read_text().splitlines())
+        parts += [{"setting": label, "seed": seed, "policy": row["recipe"], "step": row["step"],
+                   "entropy": row["entropy"], "exact match": row.get("validation", {}).get("exact match")}
+                  for row in rows if "step" in row and row["step"] % 20 == 0]
+    return pandas.DataFrame(parts)
+
+
+# ------------------------------------------------------------------------------------------------ 4. tables and figures
+PLAIN_COLUMNS = ["exact match", "with hint", "entropy", "entropy, wild (best 1.28)", "skips", "recall", "execute",
+                 "unlearnable"]
+
+
+def markdown(lines: list[list]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(values: pandas.Series) -> str:
+    return f"{values.mean():.2f} ± {values.std():.2f}"
+
+
+def full_table(frame: pandas.DataFrame) -> str:
+    """Mean ± standard deviation over the seeds of everything that is measured, and exact match seed by seed."""
+    lines = [["policy", "exact match", "seed by seed", *PLAIN_COLUMNS[1:]]]
+    for policy, group in frame.groupby("policy", sort=False):
+        each = " ".join(map("{:.2f}".format, group["exact match"]))
+        cells = [spread(group[column]) for column in PLAIN_COLUMNS]
+        lines.append([policy, cells[0], each, *cells[1:]])
+    return markdown(lines)
+
+
+def grid_table(frame: pandas.DataFrame) -> str:
+    """Exact match: a line per policy, a column per setting."""
+    settings = list(dict.fromkeys(frame.setting))
+    lines = [["policy", *settings]]
+    for policy, group in frame.groupby("policy", sort=False):
+        lines.append([policy] + [spread(group[group.setting == setting]["exact match"]) for setting in settings])
+    return markdown(lines)
+
+
+def audit_table(frame: pandas.DataFrame) -> str:
+    """For every kind of token: its share of all tokens, and the regimes that it is sent to, in percent."""
+    lines = [["task", "policy", "kind of token", "% of all", *(regime.name for regime in list(dopd.Regime)[:4])]]
+    for (setting, policy), group in frame.groupby(["setting", "policy"], sort=False):
+        for kind, tokens in group.groupby("kind"):
+            shares = tokens.set_index("regime").tokens / tokens.tokens.sum()
+            lines.append([setting, policy, kind, f"{tokens.tokens.sum() / group.tokens.sum():.0%}",
+                          *(f"{shares.get(regime.name, 0):.0%}" for regime in list(dopd.Regime)[:4])])
+    return markdown(lines)
+
+
+# claim; the paper's figures; experiment; the policy that should be higher; the one that should be lower
+CLAIMS = [
+    ("DOPD ends above vanilla distillation", "51.4 > 43.9 (table 1)", "main rules", "dopd", "vanilla"),
+    ("following the privileged teacher on every token ends below vanilla", "figure 3", "main rules", "vanilla",
+     "privileged_teacher"),
+    ("DOPD ends above the privileged teacher on every token", "49.8 > 41.9 (tables 7, 8)", "main rules", "dopd",
+     "privileged_teacher"),
+    ("self distillation collapses", "figure 3", "main rules", "vanilla", "privileged_student"),
+    ("DOPD ends above EOPD", "51.4 > 46.1", "main rules", "dopd", "eopd"),
+    ("DOPD ends above TIP", "51.4 > 44.8", "main rules", "dopd", "tip"),
+    ("routing beats the same regimes dealt by chance", "not measured", "main rules", "dopd", "by chance"),
+    ("a frozen anchor beats the live one", "live only", "main rules", "dopd_frozen", "dopd"),
+    ("a slow anchor (0.99) beats the live one", "live only", "main rules", "dopd_99", "dopd"),
+    ("half (ours) beats DOPD", "-", "main rules", "half", "dopd"),
+    ("where_unsure (ours) beats DOPD", "-", "main rules", "where_unsure", "dopd"),
+    ("where_unsure (ours) beats the privileged teacher", "-", "main rules", "where_unsure", "privileged_teacher"),
+    ("all four regimes beat HT and LH alone", "49.8 > 47.9 (table 6)", "parts", "dopd", "HT+LH"),
+    ("DOPD beats uniform JS on the top-K", "49.8 > 41.3 (table 6)", "parts", "dopd", "js top_k"),
+    ("adaptive beats uniform on HT and HS", "47.6 > 44.5 (table 6)", "parts", "HT+HS", "HT+HS uniform"),
+    ("one source: JS beats reverse KL", "42.5 > 41.9 (table 7)", "parts", "js full", "privileged_teacher"),
+    ("DOPD needs the teacher as a source", "49.8 > 41.2 (table 8)", "parts", "dopd", "without teacher"),
+    ("DOPD needs the hint", "49.8 > 38.3 (table 8)", "parts", "dopd", "without hint"),
+    ("DOPD needs more than one objective", "49.8 > 46.7 (table 8)", "parts", "dopd", "one objective"),
+    ("DOPD needs more than one support", "49.8 > 46.1 (table 8)", "parts", "dopd", "one support"),
+    ("vanilla needs the tokens with the highest gap", "figure 4", "tokens", "vanilla without random",
+     "vanilla without highest"),
+]
+
+
+def verdicts(frames: dict[str, pandas.DataFrame]) -> str:
+    """Holds: higher in every seed. In part: the mean is higher. p: paired t-test over the seeds, two-sided."""
+    lines = [["claim", "paper", "task", "ours", "seeds", "p", "verdict"]]
+    known = pandas.concat(frames.values()).drop_duplicates(["setting", "seed", "policy"])      # main's are the first
+    exact = known.pivot(index=["setting", "seed"], columns="policy", values="exact match")
+    for claim, paper, names, higher, lower in CLAIMS:
+        for task in ("shortcut", "rules"):
+            pair = exact[exact.index.get_level_values("setting") == task].reindex(columns=[higher, lower]).dropna()
+            if len(pair):
+                above = (pair[higher] > pair[lower]).sum()
+                means, p = pair.mean(), stats.ttest_rel(pair[higher], pair[lower]).pvalue
+                verdict = "holds" if above == len(pair) else "in part" if means[higher] > means[lower] else "no"
+                lines.append([claim, paper, task, f"{means[higher]:.2f} against {means[lower]:.2f}",
+                              f"{above} of {len(pair)}", f"{p:.2f}", verdict])
+    return markdown(lines)
+
+
+def draw_seeds(frames: dict[str, pandas.DataFrame], file: Path) -> None:
+    """Every seed of every method, both tasks."""
+    known = pandas.concat([frames[name] for name in ("main", "rules") if name in frames])
+    figure, axes = pyplot.subplots(1, known.setting.nunique(), figsize=(11, 6), sharey=True, layout="constrained")
+    for axis, (setting, group) in zip(numpy.ravel(axes), known.groupby("setting", sort=False)):
+        seaborn.pointplot(group, x="exact match", y="policy", ax=axis, errorbar=None, linestyle="none", marker="|",
+                          markersize=22, color="black")
+        seaborn.stripplot(group, x="exact match", y="policy", hue="seed", palette="viridis", ax=axis, jitter=False,
+                          legend=False)
+        axis.set(title=f"{setting}: a dot is a seed, the bar is the mean", xlim=(0, 1), ylabel="")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=100)
+
+
+def draw_map(frames: dict[str, pandas.DataFrame], file: Path) -> None:
+    """Exact match of every method, by how often the teacher and the student skip the working."""
+    frame = frames["map"]
+    frame[["teacher skips, with the hint", "student skips"]] = frame.setting.str.split(" ", expand=True)
+    figure, axes = pyplot.subplots(1, len(METHODS), figsize=(3 * len(METHODS), 3.4), sharey=True, layout="constrained")
+    for axis, method in zip(axes, METHODS):
+        means = frame[frame.policy == method].pivot_table(
+            index="student skips", columns="teacher skips, with the hint", values="exact match")
+        seaborn.heatmap(means, ax=axis, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis",
+                        cbar=method == METHODS[-1])
+        axis.set(title=method, ylabel="student skips" if axis is axes[0] else "")
+    figure.savefig(file, dpi=100)
+
+
+def draw_rates(frames: dict[str, pandas.DataFrame], file: Path) -> None:
+    """Exact match by learning rate."""
+    same = pandas.concat([frames[name].assign(lr=2e-4) for name in ("main", "rules")])
+    frame = frames["rates"].assign(lr=frames["rates"].setting.str.split(" ").str[1].astype(float),
+                                   setting=frames["rates"].setting.str.split(" ").str[0])
+    seeds, policies = frame.seed.unique(), [*METHODS, "dopd_half"]
+    known = pandas.concat([frame, same[same.seed.isin(seeds)]])
+    grid = seaborn.relplot(known[known.policy.isin(policies)], x="lr", y="exact match", hue="policy", col="setting",
+                           kind="line", marker="o", errorbar="sd", err_style="bars", height=4)
+    grid.set(xscale="log", xlabel="learning rate", ylim=(0, 1))
+    grid.savefig(file, dpi=100)
+
+
+def draw_anchor(frames: dict[str, pandas.DataFrame], file: Path) -> None:
+    """The first tokens on `shortcut`: how sure the two privileged policies are of them, live and frozen anchor."""
+    frame = frames["anchor"]
+    known = frame.melt(["recipe", "seed", "step"], [f"{kind} q_{who}" for kind in ("skip", "work") for who in "TS"])
+    known[["first token", "policy"]] = known.variable.str.split(" ", expand=True)
+    known = known.replace({"q_T": "privileged teacher", "q_S": "privileged student", "skip": "skips", "work": "works"})
+    grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="recipe", row="first token", kind="line",
+                           errorbar="sd", height=2.8, aspect=1.5)
+    grid.set(ylabel="probability of the first token", ylim=(0, 1))
+    grid.savefig(file, dpi=100)
+
+
+def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
+    """Figure 3 of the paper: exact match and entropy over 360 steps."""
+    known = frames["curves"].melt(["setting", "seed", "policy", "step"], ["exact match", "entropy"]).dropna()
+    grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="setting", row="variable", kind="line",
+                           errorbar="sd", height=2.8, aspect=1.6, facet_kws={"sharey": "row"})
+    grid.set_titles("{col_name}: {row_name}")
+    grid.set(ylabel="exact match, or nats")
+    grid.savefig(file, dpi=100)
+
+
+FIGURES = {"long": (draw_long, "curves"), "seeds": (draw_seeds, "main"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
+           "anchor": (draw_anchor, "anchor")}
+
+
+def processor() -> str:
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def insert(name: str, text: str) -> None:
+    """Replaces what stands between <!-- NAME --> and <!-- /NAME -->, in both READMEs."""
+    for file in (ROOT / "README.md", RESULTS / "README.md"):
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", file.read_text()))
+
+
+def draw() -> None:
+    """All tables and figures, from the CSV files that are there."""
+    frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in RESULTS.glob("*.csv")}
+    runs = {name: frames[name] for name in EXPERIMENTS if name in frames}
+    for name, frame in runs.items():
+        minutes = frame.groupby(["setting", "seed"]).seconds.first().sum() / 60
+        commits = ", ".join(map(str, frame.commit.unique()))
+        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core, {processor()}; commit {commits}"
+        insert(name, f"{full_table(frame) if name in ('main', 'rules') else grid_table(frame)}\n\n*{note}.*")
+    insert("verdicts", verdicts(runs))
+    if "audit" in frames:
+        insert("audit", audit_table(frames["audit"]))
+    for figure, (function, needs) in FIGURES.items():
+        if needs in frames:
+            function(frames, RESULTS / f"{figure}.png")
+            pyplot.close("all")
+
+
+def main(names: list[str]) -> None:
+    names = list(EXPERIMENTS) if names == ["all"] else [name for name in names if name != "--draw"]
+    unknown = [name for name in names if name not in EXPERIMENTS]
+    dopd.require(not unknown, f"{' '.join(unknown)}: name one or more of {', '.join(EXPERIMENTS)}")
+    jobs = [joblib.delayed(run)(name, label, seed) for name in names for seed in EXPERIMENTS[name].seeds
+            for label in EXPERIMENTS[name].settings]
     joblib.Parallel(n_jobs=2, backend="multiprocessing", batch_size=1)(jobs)      # forked: they know all recipes
+    for name in names:
+        collect(name).round(4).to_csv(RESULTS / f"{name}.csv", index=False)
+    if {"main", "rules"} <= {*names}:
+        pandas.concat([audit("main"), audit("rules")]).to_csv(RESULTS / "audit.csv", index=False)
+        anchor("main").round(3).to_csv(RESULTS / "anchor.csv", index=False)
+    if {"long", "long_hinted"} <= {*names}:
+        hinted = curves("long_hinted").replace({"privileged_teacher": "privileged_teacher, hinted student"})
+        pandas.concat([curves("long"), hinted]).round(3).to_csv(RESULTS / "curves.csv", index=False)
+    draw()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
