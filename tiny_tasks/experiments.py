@@ -229,6 +229,8 @@ def curves(name: str) -> pandas.DataFrame:
 
 
 # ------------------------------------------------------------------------------------------------ 4. tables and figures
+SUMMARY = ["student before", "teacher", "vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_99",
+           "dopd_frozen", "by chance", "half", "where_unsure"]
 PLAIN_COLUMNS = ["exact match", "with hint", "entropy", "entropy, wild (best 1.28)", "skips", "recall", "execute",
                  "unlearnable"]
 
@@ -249,6 +251,20 @@ def full_table(frame: pandas.DataFrame) -> str:
         each = " ".join(map("{:.2f}".format, group["exact match"]))
         cells = [spread(group[column]) for column in PLAIN_COLUMNS]
         lines.append([policy, cells[0], each, *cells[1:]])
+    return markdown(lines)
+
+
+def summary_table(frames: dict[str, pandas.DataFrame]) -> str:
+    """The most important policies on both tasks."""
+    lines = [["policy", "`shortcut`: exact match", "seed by seed", "skips", "entropy, wild (best 1.28)",
+              "`rules`: exact match", "seed by seed", "entropy, wild"]]
+    for policy in SUMMARY:
+        line = [policy]
+        for name in ("main", "rules"):
+            group = frames[name][frames[name].policy == policy]
+            line += [spread(group["exact match"]), " ".join(map("{:.2f}".format, group["exact match"]))]
+            line += [spread(group["skips"])] * (name == "main") + [spread(group["entropy, wild (best 1.28)"])]
+        lines.append(line)
     return markdown(lines)
 
 
@@ -381,8 +397,8 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     grid.savefig(file, dpi=100)
 
 
-FIGURES = {"long": (draw_long, "curves"), "seeds": (draw_seeds, "main"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
-           "anchor": (draw_anchor, "anchor")}
+FIGURES = {"seeds": (draw_seeds, "main"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
+           "anchor": (draw_anchor, "anchor"), "long": (draw_long, "curves")}        # function, and the CSV that it needs
 
 
 def processor() -> str:
@@ -408,6 +424,8 @@ def draw() -> None:
         note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core, {processor()}; commit {commits}"
         insert(name, f"{full_table(frame) if name in ('main', 'rules') else grid_table(frame)}\n\n*{note}.*")
     insert("verdicts", verdicts(runs))
+    if {"main", "rules"} <= {*runs}:
+        insert("summary", summary_table(runs))
     if "audit" in frames:
         insert("audit", audit_table(frames["audit"]))
     for figure, (function, needs) in FIGURES.items():
