@@ -56,24 +56,20 @@ class Dials(dopd.Rules):
     def problem(self, rng):
         row = super().problem(rng)
         if rng.random() < self.dials.get("more_wild", 0):               # one more name is wild
-            place = rng.randrange(3)
-            names = list(row["prompt"][1:-1])
+            start, names, place = row["prompt"][0], [*row["prompt"][1:-1]], rng.randrange(3)
             names[place] = rng.choice("klm")
-            digits = self.recall("".join(names), 10, rng)
-            worked = self.work(int(row["prompt"][0]), digits)
-            row |= {"prompt": f"{row['prompt'][0]}{''.join(names)}=", "answer": worked,
-                    "hints": {"steps": worked[::2], "none": ""}}
+            worked = self.work(int(start), self.recall("".join(names), 10, rng))
+            row = {"prompt": f"{start}{''.join(names)}=", "answer": worked, "hints": {"steps": worked[::2], "none": ""}}
         if rng.random() < self.dials.get("wrong_hints", 0):             # two of its digits have changed places
             steps = row["hints"]["steps"]
             row["hints"]["steps"] = steps[1] + steps[0] + steps[2]
         return row
 
     def solution(self, row, form, author, rng):
-        doubts = author == self.teacher and rng.random() < self.dials.get("doubts", 0)
-        if form != "none" and not doubts and row["hints"][form] != row["answer"][::2]:      # believes a wrong hint
-            worked = self.work(int(row["prompt"][0]), [int(digit) for digit in row["hints"][form]], author.slips, rng)
-            return worked
-        return super().solution(row, "none" if doubts else form, author, rng)
+        if form == "none" or author == self.teacher and rng.random() < self.dials.get("doubts", 0):
+            return super().solution(row, "none", author, rng)
+        told = [int(digit) for digit in row["hints"][form]]             # also where the hint is wrong
+        return self.work(int(row["prompt"][0]), told, author.slips, rng)
 
 
 METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen", "half"]
@@ -167,19 +163,28 @@ def folder_of(name: str, label: str, seed: int) -> Path:
     return ROOT / "runs" / name / f"{label.replace(' ', '_')}-seed{seed}"
 
 
+def folders(name: str):
+    """Every run of an experiment: its setting, seed and folder."""
+    for seed in EXPERIMENTS[name].seeds:
+        for label in EXPERIMENTS[name].settings:
+            yield label, seed, folder_of(name, label, seed)
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
 def collect(name: str) -> pandas.DataFrame:
     """One line per run and policy: setting, seed, the final test, exact match on the way, seconds and commit."""
     lines = []
-    for label in EXPERIMENTS[name].settings:
-        for seed in EXPERIMENTS[name].seeds:
-            folder, way = folder_of(name, label, seed), {}
-            job = json.loads(Path(folder, "job.json").read_text())
-            for row in map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines()):
-                if "validation" in row:
-                    way[f"validation at {row['step']}"] = row["validation"]["exact match"]
-                if "test" in row:
-                    lines.append({"setting": label, "seed": seed, "policy": row["recipe"], **row["test"], **way, **job})
-                    way = {}
+    for label, seed, folder in folders(name):
+        way, job = {}, json.loads(Path(folder, "job.json").read_text())
+        for row in read_log(folder):
+            if "validation" in row:
+                way[f"validation at {row['step']}"] = row["validation"]["exact match"]
+            if "test" in row:
+                lines.append({"setting": label, "seed": seed, "policy": row["recipe"], **row["test"], **way, **job})
+                way = {}
     return pandas.DataFrame(lines)
 
 
@@ -187,8 +192,8 @@ def collect(name: str) -> pandas.DataFrame:
 def audit(name: str) -> pandas.DataFrame:
     """How many tokens of every kind went to which regime, over the rollouts that metrics.jsonl keeps."""
     counts = {}
-    for label, seed in ((label, seed) for label in EXPERIMENTS[name].settings for seed in EXPERIMENTS[name].seeds):
-        for row in map(json.loads, Path(folder_of(name, label, seed), "metrics.jsonl").read_text().splitlines()):
+    for label, _, folder in folders(name):
+        for row in read_log(folder):
             for prompt, ids, regimes in row.get("rollouts", []) if row["recipe"] in ("dopd", "dopd_frozen") else []:
                 for kind, regime in zip(kinds_of(prompt, ids), regimes):
                     key = label, row["recipe"], kind, dopd.Regime(regime).name
@@ -210,8 +215,8 @@ def kinds_of(prompt: str, ids: list[int]) -> list[str]:
 def anchor(name: str) -> pandas.DataFrame:
     """What the router sees of the first tokens, every tenth step."""
     parts = []
-    for label, seed in ((label, seed) for label in EXPERIMENTS[name].settings for seed in EXPERIMENTS[name].seeds):
-        frame = pandas.DataFrame(json.loads(Path(folder_of(name, label, seed), "first.json").read_text()))
+    for _, seed, folder in folders(name):
+        frame = pandas.DataFrame(json.loads(Path(folder, "first.json").read_text()))
         frame["step"] = frame.groupby("recipe").cumcount() + 1
         parts.append(frame[frame.recipe.isin(["dopd", "dopd_frozen"]) & (frame.step % 10 == 1)].assign(seed=seed))
     return pandas.concat(parts)
@@ -220,11 +225,10 @@ def anchor(name: str) -> pandas.DataFrame:
 def curves(name: str) -> pandas.DataFrame:
     """Entropy and exact match (validation) on the way, every twentieth step."""
     parts = []
-    for label, seed in ((label, seed) for label in EXPERIMENTS[name].settings for seed in EXPERIMENTS[name].seeds):
-        rows = map(json.loads, Path(folder_of(name, label, seed), "metrics.jsonl").read_text().splitlines())
+    for label, seed, folder in folders(name):
         parts += [{"setting": label, "seed": seed, "policy": row["recipe"], "step": row["step"],
                    "entropy": row["entropy"], "exact match": row.get("validation", {}).get("exact match")}
-                  for row in rows if "step" in row and row["step"] % 20 == 0]
+                  for row in read_log(folder) if "step" in row and row["step"] % 20 == 0]
     return pandas.DataFrame(parts)
 
 
@@ -397,8 +401,9 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     grid.savefig(file, dpi=100)
 
 
+# name of the file: function, and the CSV that it needs
 FIGURES = {"seeds": (draw_seeds, "main"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
-           "anchor": (draw_anchor, "anchor"), "long": (draw_long, "curves")}        # function, and the CSV that it needs
+           "anchor": (draw_anchor, "anchor"), "long": (draw_long, "curves")}
 
 
 def processor() -> str:
@@ -438,8 +443,7 @@ def main(names: list[str]) -> None:
     names = list(EXPERIMENTS) if names == ["all"] else [name for name in names if name != "--draw"]
     unknown = [name for name in names if name not in EXPERIMENTS]
     dopd.require(not unknown, f"{' '.join(unknown)}: name one or more of {', '.join(EXPERIMENTS)}")
-    jobs = [joblib.delayed(run)(name, label, seed) for name in names for seed in EXPERIMENTS[name].seeds
-            for label in EXPERIMENTS[name].settings]
+    jobs = [joblib.delayed(run)(name, label, seed) for name in names for label, seed, _ in folders(name)]
     joblib.Parallel(n_jobs=2, backend="multiprocessing", batch_size=1)(jobs)      # forked: they know all recipes
     for name in names:
         collect(name).round(4).to_csv(RESULTS / f"{name}.csv", index=False)
