@@ -11,7 +11,6 @@ finished run is not repeated: delete its folder after changing the code. To add 
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -25,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")                           # before
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import joblib  # noqa: E402
-import numpy  # noqa: E402
 import pandas  # noqa: E402
 import seaborn  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
@@ -42,8 +40,7 @@ RESULTS = ROOT / "tiny_tasks/results"
 # ------------------------------------------------------------------------------------------------------ 1. experiments
 class Experiment(NamedTuple):
     """Every setting with every seed: flags of dopd.py, and the recipes that are compared."""
-    settings: dict                 # label: flags of dopd.py; and "teacher_author", "student_author", "dials": fields;
-                                   # "student_reads": "hinted" where the student reads the hint while it trains
+    settings: dict                 # label: flags of dopd.py, or what `run` takes out of them
     recipes: list[str]
     seeds: range = range(3)
     start: str = ""                # an experiment of the same task whose tiny policies are used again
@@ -118,11 +115,12 @@ def first_tokens(regimes, scores: dict, lengths) -> dict:
 
 
 def run(name: str, label: str, seed: int) -> None:
-    """One run, unless it is there. What it prints goes into its log.txt; first.json has the first tokens."""
+    """One run, unless it is there. What it prints goes into its log.txt; first.json has the first tokens. A setting may
+    have, besides flags, fields of the authors and dials of the task, and what the student reads while it trains."""
     experiment, folder = EXPERIMENTS[name], folder_of(name, label, seed)
     if Path(folder, "job.json").exists():
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     flags = dict(experiment.settings[label])
     authors = {role: flags.pop(f"{role}_author", {}) for role in ("teacher", "student")}
     task = BASE[flags.get("task", "shortcut")]
@@ -131,9 +129,9 @@ def run(name: str, label: str, seed: int) -> None:
         Dials.dials = flags.pop("dials")
     task = task._replace(**{role: getattr(task, role)._replace(**changes) for role, changes in authors.items()})
     dopd.TASKS[flags.get("task", "shortcut")] = task                    # a process makes many runs: always set anew
-    for start in experiment.start.split():
-        if flags["task"] in EXPERIMENTS[start].settings:
-            flags |= {role: str(folder_of(start, flags["task"], seed) / role) for role in ("teacher", "student")}
+    for begun in experiment.start.split():
+        if flags["task"] in EXPERIMENTS[begun].settings:
+            flags |= {role: str(folder_of(begun, flags["task"], seed) / role) for role in ("teacher", "student")}
     reads = flags.pop("student_reads", "plain")
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
@@ -142,8 +140,8 @@ def run(name: str, label: str, seed: int) -> None:
     def noted(recipe, scores, lengths):
         regimes, weights = ASSIGN(recipe, scores, lengths)
         if recipe.router == recipes.by_advantage_gap:
-            recipe_name = next(key for key, value in dopd.RECIPES.items() if value is recipe)
-            seen.append({"recipe": recipe_name} | first_tokens(regimes, scores, lengths))
+            label = next(key for key, value in dopd.RECIPES.items() if value is recipe)
+            seen.append({"recipe": label} | first_tokens(regimes, scores, lengths))
         return regimes, weights
 
     dopd.assign = noted
@@ -156,7 +154,7 @@ def run(name: str, label: str, seed: int) -> None:
         if file.parent.name not in ("teacher", "student"):
             file.unlink()
     Path(folder, "checkpoint.pt").unlink(missing_ok=True)
-    Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - start), "commit": commit.strip()}))
+    Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - start), "commit": commit}))
 
 
 def folder_of(name: str, label: str, seed: int) -> Path:
@@ -239,9 +237,8 @@ PLAIN_COLUMNS = ["exact match", "with hint", "entropy", "entropy, wild (best 1.2
                  "unlearnable"]
 
 
-def markdown(lines: list[list]) -> str:
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def markdown(head: list, *lines: list) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def spread(values: pandas.Series) -> str:
@@ -255,7 +252,7 @@ def full_table(frame: pandas.DataFrame) -> str:
         each = " ".join(map("{:.2f}".format, group["exact match"]))
         cells = [spread(group[column]) for column in PLAIN_COLUMNS]
         lines.append([policy, cells[0], each, *cells[1:]])
-    return markdown(lines)
+    return markdown(*lines)
 
 
 def summary_table(frames: dict[str, pandas.DataFrame]) -> str:
@@ -269,7 +266,7 @@ def summary_table(frames: dict[str, pandas.DataFrame]) -> str:
             line += [spread(group["exact match"]), " ".join(map("{:.2f}".format, group["exact match"]))]
             line += [spread(group["skips"])] * (name == "main") + [spread(group["entropy, wild (best 1.28)"])]
         lines.append(line)
-    return markdown(lines)
+    return markdown(*lines)
 
 
 def grid_table(frame: pandas.DataFrame) -> str:
@@ -278,7 +275,7 @@ def grid_table(frame: pandas.DataFrame) -> str:
     lines = [["policy", *settings]]
     for policy, group in frame.groupby("policy", sort=False):
         lines.append([policy] + [spread(group[group.setting == setting]["exact match"]) for setting in settings])
-    return markdown(lines)
+    return markdown(*lines)
 
 
 def audit_table(frame: pandas.DataFrame) -> str:
@@ -289,7 +286,7 @@ def audit_table(frame: pandas.DataFrame) -> str:
             shares = tokens.set_index("regime").tokens / tokens.tokens.sum()
             lines.append([setting, policy, kind, f"{tokens.tokens.sum() / group.tokens.sum():.0%}",
                           *(f"{shares.get(regime.name, 0):.0%}" for regime in list(dopd.Regime)[:4])])
-    return markdown(lines)
+    return markdown(*lines)
 
 
 # claim; the paper's figures; experiment; the policy that should be higher; the one that should be lower
@@ -335,19 +332,18 @@ def verdicts(frames: dict[str, pandas.DataFrame]) -> str:
                 verdict = "holds" if above == len(pair) else "in part" if means[higher] > means[lower] else "no"
                 lines.append([claim, paper, task, f"{means[higher]:.2f} against {means[lower]:.2f}",
                               f"{above} of {len(pair)}", f"{p:.2f}", verdict])
-    return markdown(lines)
+    return markdown(*lines)
 
 
 def draw_seeds(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     """Every seed of every method, both tasks."""
-    known = pandas.concat([frames[name] for name in ("main", "rules") if name in frames])
-    figure, axes = pyplot.subplots(1, known.setting.nunique(), figsize=(11, 6), sharey=True, layout="constrained")
-    for axis, (setting, group) in zip(numpy.ravel(axes), known.groupby("setting", sort=False)):
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 6), sharey=True, layout="constrained")
+    for axis, group in zip(axes, (frames["main"], frames["rules"])):
         seaborn.pointplot(group, x="exact match", y="policy", ax=axis, errorbar=None, linestyle="none", marker="|",
                           markersize=22, color="black")
         seaborn.stripplot(group, x="exact match", y="policy", hue="seed", palette="viridis", ax=axis, jitter=False,
                           legend=False)
-        axis.set(title=f"{setting}: a dot is a seed, the bar is the mean", xlim=(0, 1), ylabel="")
+        axis.set(title=f"{group.setting[0]}: a dot is a seed, the bar is the mean", xlim=(0, 1), ylabel="")
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=100)
 
@@ -369,12 +365,12 @@ def draw_map(frames: dict[str, pandas.DataFrame], file: Path) -> None:
 def draw_rates(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     """Exact match by learning rate."""
     same = pandas.concat([frames[name].assign(lr=2e-4) for name in ("main", "rules")])
-    frame = frames["rates"].assign(lr=frames["rates"].setting.str.split(" ").str[1].astype(float),
-                                   setting=frames["rates"].setting.str.split(" ").str[0])
-    seeds, policies = frame.seed.unique(), [*METHODS, "dopd_half"]
-    known = pandas.concat([frame, same[same.seed.isin(seeds)]])
-    grid = seaborn.relplot(known[known.policy.isin(policies)], x="lr", y="exact match", hue="policy", col="setting",
-                           kind="line", marker="o", errorbar="sd", err_style="bars", height=4)
+    frame = frames["rates"]
+    frame[["setting", "lr"]] = frame.setting.str.split(" ", expand=True)
+    frame["lr"] = frame.lr.astype(float)
+    known = pandas.concat([frame, same[same.seed.isin(frame.seed)]])
+    grid = seaborn.relplot(known[known.policy.isin([*METHODS, "dopd_half"])], x="lr", y="exact match", hue="policy",
+                           col="setting", kind="line", marker="o", errorbar="sd", err_style="bars", height=4)
     grid.set(xscale="log", xlabel="learning rate", ylim=(0, 1))
     grid.savefig(file, dpi=100)
 
@@ -402,14 +398,8 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
 
 
 # name of the file: function, and the CSV that it needs
-FIGURES = {"seeds": (draw_seeds, "main"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
+FIGURES = {"seeds": (draw_seeds, "rules"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
            "anchor": (draw_anchor, "anchor"), "long": (draw_long, "curves")}
-
-
-def processor() -> str:
-    about = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
-    return found[1] if found else platform.processor()
 
 
 def insert(name: str, text: str) -> None:
@@ -426,12 +416,11 @@ def draw() -> None:
     for name, frame in runs.items():
         minutes = frame.groupby(["setting", "seed"]).seconds.first().sum() / 60
         commits = ", ".join(map(str, frame.commit.unique()))
-        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core, {processor()}; commit {commits}"
+        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core; commit {commits}"
         insert(name, f"{full_table(frame) if name in ('main', 'rules') else grid_table(frame)}\n\n*{note}.*")
     insert("verdicts", verdicts(runs))
-    if {"main", "rules"} <= {*runs}:
-        insert("summary", summary_table(runs))
     if "audit" in frames:
+        insert("summary", summary_table(runs))
         insert("audit", audit_table(frames["audit"]))
     for figure, (function, needs) in FIGURES.items():
         if needs in frames:
