@@ -26,13 +26,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import joblib  # noqa: E402
 import pandas  # noqa: E402
 import seaborn  # noqa: E402
+import torch  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from scipy import stats  # noqa: E402
 
 import dopd  # noqa: E402
 import recipes  # noqa: E402, F401
 
-BASE, ASSIGN, STEP = dict(dopd.TASKS), dopd.assign, dopd.distill_step      # as they are before a run changes them
+# As they are before a run changes them.
+BASE, ASSIGN, STEP, ROLLOUT = dict(dopd.TASKS), dopd.assign, dopd.distill_step, dopd.rollout
+SKIP = ["<eos>", *dopd.Rules.CHARACTERS].index("=")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
 
@@ -80,6 +83,7 @@ TASKS = {task: {"task": task, "test_prompts": 600} for task in ("shortcut", "rul
 EXPERIMENTS = {
     "main": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
     "rules": Experiment({"rules": {"task": "rules"}}, MAIN, range(5)),
+    "anchor": Experiment({"shortcut": {"task": "shortcut"}}, ["dopd", "dopd_frozen"], range(5), start="main"),
     "map": Experiment({f"{teacher} {student}": {
         "test_prompts": 600, "teacher_author": {"skips_hinted": teacher},
         "student_author": {"skips": student, "skips_hinted": student}}
@@ -102,16 +106,18 @@ EXPERIMENTS = {
 
 
 # ------------------------------------------------------------------------------------------------------------- 2. runs
-def first_tokens(regimes, scores: dict, lengths) -> dict:
-    """What DOPD's router sees of the first tokens, for completions that skip the working (3 tokens) and for others."""
-    first, found = lengths.cumsum(0) - lengths, {}
-    teacher, student = (scores[f"privileged_{name}"].logp[first].exp() for name in ("teacher", "student"))
-    for kind, chosen in (("skip", lengths <= 3), ("work", lengths > 3)):
+def first_tokens(regimes, scores: dict, completions: list[list[int]]) -> dict:
+    """What DOPD's router sees of the first tokens, of completions that skip the working and of others."""
+    lengths = torch.tensor([len(ids) for ids in completions])
+    first, skips = lengths.cumsum(0) - lengths, torch.tensor([ids[0] == SKIP for ids in completions])
+    found = {"share of skips": skips.float().mean().item()}
+    for kind, chosen in (("skip", skips), ("work", ~skips)):
         if chosen.any():
-            found |= {f"{kind} q_T": teacher[chosen].mean().item(), f"{kind} q_S": student[chosen].mean().item()}
-            found |= {f"{kind} {regime.name}": (regimes[first][chosen] == regime).float().mean().item()
+            found |= {f"{kind} q_{who}": scores[name].logp[first[chosen]].exp().mean().item()
+                      for who, name in (("T", "privileged_teacher"), ("S", "privileged_student"))}
+            found |= {f"{kind} {regime.name}": (regimes[first[chosen]] == regime).float().mean().item()
                       for regime in dopd.Regime if regime != dopd.Regime.ALL}
-    return found | {"share of skips": (lengths <= 3).float().mean().item()}
+    return found
 
 
 def run(name: str, label: str, seed: int) -> None:
@@ -129,32 +135,29 @@ def run(name: str, label: str, seed: int) -> None:
         Dials.dials = flags.pop("dials")
     task = task._replace(**{role: getattr(task, role)._replace(**changes) for role, changes in authors.items()})
     dopd.TASKS[flags.get("task", "shortcut")] = task                    # a process makes many runs: always set anew
-    for begun in experiment.start.split():
-        if flags["task"] in EXPERIMENTS[begun].settings:
-            flags |= {role: str(folder_of(begun, flags["task"], seed) / role) for role in ("teacher", "student")}
+    for start in experiment.start.split():
+        if flags["task"] in EXPERIMENTS[start].settings:
+            flags |= {role: str(folder_of(start, flags["task"], seed) / role) for role in ("teacher", "student")}
     reads = flags.pop("student_reads", "plain")
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
-    seen, start = [], time.time()
+    seen, drawn, begun = [], [], time.time()
 
     def noted(recipe, scores, lengths):
         regimes, weights = ASSIGN(recipe, scores, lengths)
         if recipe.router == recipes.by_advantage_gap:
             label = next(key for key, value in dopd.RECIPES.items() if value is recipe)
-            seen.append({"recipe": label} | first_tokens(regimes, scores, lengths))
+            seen.append({"recipe": label} | first_tokens(regimes, scores, drawn[-1]))
         return regimes, weights
 
-    dopd.assign = noted
+    dopd.assign, dopd.rollout = noted, lambda *given: drawn.append(ROLLOUT(*given)) or drawn[-1]
     dopd.distill_step = lambda recipe, policies, *rest: STEP(
         recipe, policies | {"student": policies["student"]._replace(reads=reads)}, *rest)
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         dopd.run(dopd.Config(**flags, recipe=experiment.recipes, seed=seed, out=str(folder)))
     Path(folder, "first.json").write_text(json.dumps(seen))
-    for file in folder.glob("*/*.safetensors"):                         # the students, which nobody reads again
-        if file.parent.name not in ("teacher", "student"):
-            file.unlink()
     Path(folder, "checkpoint.pt").unlink(missing_ok=True)
-    Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - start), "commit": commit}))
+    Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - begun), "commit": commit}))
 
 
 def folder_of(name: str, label: str, seed: int) -> Path:
@@ -203,8 +206,7 @@ def kinds_of(prompt: str, ids: list[int]) -> list[str]:
     """What every token of a completion is: a name's digit, right or wrong; a sum, right or wrong; part of a skip."""
     task, tokens = BASE["rules"], [["<eos>", *dopd.Rules.CHARACTERS][i] for i in ids]
     answer = task.work(int(prompt[0]), task.recall(prompt[1:-1], 10, random.Random(0)))
-    skips = tokens[0] == "="
-    kinds = ["skip"] + ["after a skip"] * (len(ids) - 1) if skips else ["end"] * len(ids)
+    kinds = ["skip"] + ["after a skip"] * (len(ids) - 1) if ids[0] == SKIP else ["end"] * len(ids)
     for place, kind, right in task.grade({"prompt": prompt, "answer": answer}, tokens)[1:]:
         kinds[place] = "wild digit" if kind == "unlearnable" else f"{kind}, {'right' if right else 'wrong'}"
     return kinds
@@ -216,7 +218,7 @@ def anchor(name: str) -> pandas.DataFrame:
     for _, seed, folder in folders(name):
         frame = pandas.DataFrame(json.loads(Path(folder, "first.json").read_text()))
         frame["step"] = frame.groupby("recipe").cumcount() + 1
-        parts.append(frame[frame.recipe.isin(["dopd", "dopd_frozen"]) & (frame.step % 10 == 1)].assign(seed=seed))
+        parts.append(frame[frame.step % 10 == 1].assign(seed=seed))
     return pandas.concat(parts)
 
 
@@ -326,12 +328,12 @@ def verdicts(frames: dict[str, pandas.DataFrame]) -> str:
     for claim, paper, names, higher, lower in CLAIMS:
         for task in ("shortcut", "rules"):
             pair = exact[exact.index.get_level_values("setting") == task].reindex(columns=[higher, lower]).dropna()
-            if len(pair):
+            if len(pair) > 1:
                 above = (pair[higher] > pair[lower]).sum()
                 means, p = pair.mean(), stats.ttest_rel(pair[higher], pair[lower]).pvalue
                 verdict = "holds" if above == len(pair) else "in part" if means[higher] > means[lower] else "no"
                 lines.append([claim, paper, task, f"{means[higher]:.2f} against {means[lower]:.2f}",
-                              f"{above} of {len(pair)}", f"{p:.2f}", verdict])
+                              f"{above} of {len(pair)}", f"{p:.3f}", verdict])
     return markdown(*lines)
 
 
@@ -344,7 +346,6 @@ def draw_seeds(frames: dict[str, pandas.DataFrame], file: Path) -> None:
         seaborn.stripplot(group, x="exact match", y="policy", hue="seed", palette="viridis", ax=axis, jitter=False,
                           legend=False)
         axis.set(title=f"{group.setting[0]}: a dot is a seed, the bar is the mean", xlim=(0, 1), ylabel="")
-        axis.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=100)
 
 
@@ -377,7 +378,7 @@ def draw_rates(frames: dict[str, pandas.DataFrame], file: Path) -> None:
 
 def draw_anchor(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     """The first tokens on `shortcut`: how sure the two privileged policies are of them, live and frozen anchor."""
-    frame = frames["anchor"]
+    frame = frames["first_tokens"]
     known = frame.melt(["recipe", "seed", "step"], [f"{kind} q_{who}" for kind in ("skip", "work") for who in "TS"])
     known[["first token", "policy"]] = known.variable.str.split(" ", expand=True)
     known = known.replace({"q_T": "privileged teacher", "q_S": "privileged student", "skip": "skips", "work": "works"})
@@ -388,7 +389,7 @@ def draw_anchor(frames: dict[str, pandas.DataFrame], file: Path) -> None:
 
 
 def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
-    """Figure 3 of the paper: exact match and entropy over 360 steps."""
+    """Figure 3 of the paper."""
     known = frames["curves"].melt(["setting", "seed", "policy", "step"], ["exact match", "entropy"]).dropna()
     grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="setting", row="variable", kind="line",
                            errorbar="sd", height=2.8, aspect=1.6, facet_kws={"sharey": "row"})
@@ -399,7 +400,7 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
 
 # name of the file: function, and the CSV that it needs
 FIGURES = {"seeds": (draw_seeds, "rules"), "map": (draw_map, "map"), "rates": (draw_rates, "rates"),
-           "anchor": (draw_anchor, "anchor"), "long": (draw_long, "curves")}
+           "anchor": (draw_anchor, "first_tokens"), "long": (draw_long, "curves")}
 
 
 def insert(name: str, text: str) -> None:
@@ -438,7 +439,8 @@ def main(names: list[str]) -> None:
         collect(name).round(4).to_csv(RESULTS / f"{name}.csv", index=False)
     if {"main", "rules"} <= {*names}:
         pandas.concat([audit("main"), audit("rules")]).to_csv(RESULTS / "audit.csv", index=False)
-        anchor("main").round(3).to_csv(RESULTS / "anchor.csv", index=False)
+    if "anchor" in names:
+        anchor("anchor").round(3).to_csv(RESULTS / "first_tokens.csv", index=False)
     if {"long", "long_hinted"} <= {*names}:
         hinted = curves("long_hinted").replace({"privileged_teacher": "privileged_teacher, hinted student"})
         pandas.concat([curves("long"), hinted]).round(3).to_csv(RESULTS / "curves.csv", index=False)
