@@ -416,8 +416,7 @@ def draw() -> None:
     runs = {name: frames[name] for name in EXPERIMENTS if name in frames}
     for name, frame in runs.items():
         minutes = frame.groupby(["setting", "seed"]).seconds.first().sum() / 60
-        commits = ", ".join(map(str, frame.commit.unique()))
-        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core; commit {commits}"
+        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core; commit {', '.join({*frame.commit})}"
         insert(name, f"{full_table(frame) if name in ('main', 'rules') else grid_table(frame)}\n\n*{note}.*")
     insert("verdicts", verdicts(runs))
     if "audit" in frames:
