@@ -539,8 +539,7 @@ def read_rows(config: Config) -> list[dict]:
     with explained(given):                 # what is on disk may have changed since it was last read
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
                                       download_mode="force_redownload" if path.exists() else None)
-        rows = [*table]
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows := table.to_list(), 1):
         row["hints"] = {config.hint: row.get("hint")} | (row.get("hints") or {}) | {"none": ""}
         texts = {"prompt": row.get("prompt"), "answer": row.get("answer"), "hint": row["hints"][config.hint]}
         wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value and name != "hint"]
@@ -559,6 +558,7 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
     Prints both for the first row: contexts that differ by accident are the commonest fault in the field."""
     chat, options = bool(tokenizer.chat_template), model.generation_config
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - options.max_new_tokens
+    see = getattr(tokenizer, "read", lambda rows, form, texts: tokenizer(texts, add_special_tokens=not chat).input_ids)
     for key, read in (("plain", "none"), ("hinted", form)):
         texts = [with_hint(row, read, template) for row in rows]
         turns = [[{"role": "user", "content": prompt}] for prompt in texts]
@@ -566,7 +566,7 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
             rendered = texts if not chat else tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         print(f"first row, {key}: {rendered[0]!r}")
-        for row, seen, ids in zip(rows, rendered, tokenizer(rendered, add_special_tokens=not chat).input_ids):
+        for row, seen, ids in zip(rows, rendered, see(rows, read, rendered)):
             row[key] = ids[:-1] if ids and ids[-1] in options.eos_token_id else ids        # some tokenizers end a text
             require(all(part.strip() in seen for part in (row["prompt"], row["hints"][read])),
                     f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
@@ -619,7 +619,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
         rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
         require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
         for row in rows:                   # by its prompt: no prompt is both trained on and tested
-            draw = random.Random(row["prompt"]).random()
+            draw = random.Random(row.get("split_by", row["prompt"])).random()
             splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
         require(len(splits) == 3, f"--data or task: {len(rows)} rows hold too few prompts for train, validation, test")
         with explained(f"--out {config.out}"):
