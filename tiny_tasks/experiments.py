@@ -302,7 +302,7 @@ CLAIMS = [
     ("routing beats the same regimes dealt by chance", "not measured", "main rules", "dopd", "by chance"),
     ("a frozen anchor beats the live one", "live only", "main rules", "dopd_frozen", "dopd"),
     ("a slow anchor (0.99) beats the live one", "live only", "main rules", "dopd_99", "dopd"),
-    ("half (ours) beats DOPD", "-", "main rules", "half", "dopd"),
+    ("half (AR-OPD, our reading) beats DOPD", "-", "main rules", "half", "dopd"),
     ("where_unsure (ours) beats DOPD", "-", "main rules", "where_unsure", "dopd"),
     ("where_unsure (ours) beats the privileged teacher", "-", "main rules", "where_unsure", "privileged_teacher"),
     ("all four regimes beat HT and LH alone", "49.8 > 47.9 (table 6)", "parts", "dopd", "HT+LH"),
