@@ -565,7 +565,7 @@ RARE = dopd.dopd()._replace(router=lambda scores: torch.where(                  
 
 def check_trl(monkeypatch, size, accumulation, name, *flags):
     """Runs tiny_tasks/trl_dopd.py, and checks every step with dopd.distill_step on the same completions."""
-    pytest.importorskip("trl", minversion="1.16.0")
+    assert pytest.importorskip("trl") and ("--use_peft" not in flags or pytest.importorskip("peft"))
     monkeypatch.syspath_prepend(Path(dopd.__file__).parent / "tiny_tasks")
     import trl_dopd
     data = [{"prompt": f"What is {i}? " * (1 + i % 3), "answer": "7", "hint": f"Count {i * i}."} for i in range(8)]
