@@ -31,11 +31,13 @@ from matplotlib import pyplot  # noqa: E402
 from scipy import stats  # noqa: E402
 
 import dopd  # noqa: E402
-import recipes  # noqa: E402, F401
+import recipes  # noqa: E402
+import vision  # noqa: E402
 
 # As they are before a run changes them.
-BASE, ASSIGN, STEP, ROLLOUT = dict(dopd.TASKS), dopd.assign, dopd.distill_step, dopd.rollout
-SKIP = ["<eos>", *dopd.Rules.CHARACTERS].index("=")
+BASE, ASSIGN, STEP, ROLLOUT, SCORE = dict(dopd.TASKS), dopd.assign, dopd.distill_step, dopd.rollout, dopd.score
+LOAD, WARM_START = dopd.load, dopd.warm_start
+TOKENS = ["<eos>", *dopd.Rules.CHARACTERS]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
 
@@ -50,27 +52,61 @@ class Experiment(NamedTuple):
 
 
 class Dials(dopd.Rules):
-    """`rules` that can be made harder: more wild names, hints that are wrong, a teacher that ignores its hint."""
+    """`rules` with more forms of the hint, and dials: longer chains, more wild names, hints that are wrong, a teacher
+    that ignores its hint, twenty pairs of neighbouring names that only the test has."""
     dials = {}
+    PAIRS = {first + "abcdefghij"[(place + shift) % 10] for place, first in enumerate("abcdefghij") for shift in (3, 7)}
+
+    def row(self, start: int, names: str, digits: list[int]) -> dict:
+        worked = self.work(start, digits)
+        return {"prompt": f"{start}{names}=", "answer": worked, "hints": {
+            "steps": worked[::2], "execution": worked, "answer": worked[-1], "summary": str(sum(digits)), "none": ""}}
 
     def problem(self, rng):
-        row = super().problem(rng)
+        problems = [super(Dials, self).problem(rng) for _ in range(self.dials.get("blocks", 1))]
+        start, names = int(problems[0]["prompt"][0]), [*"".join(row["prompt"][1:-1] for row in problems)]
+        digits = [int(digit) for row in problems for digit in row["answer"][::2]]
         if rng.random() < self.dials.get("more_wild", 0):               # one more name is wild
-            start, names, place = row["prompt"][0], [*row["prompt"][1:-1]], rng.randrange(3)
+            place = rng.randrange(3)
             names[place] = rng.choice("klm")
-            worked = self.work(int(start), self.recall("".join(names), 10, rng))
-            row = {"prompt": f"{start}{''.join(names)}=", "answer": worked, "hints": {"steps": worked[::2], "none": ""}}
+            digits = self.recall("".join(names), 10, rng)
+        row = self.row(start, "".join(names), digits)
         if rng.random() < self.dials.get("wrong_hints", 0):             # two of its digits have changed places
             steps = row["hints"]["steps"]
-            row["hints"]["steps"] = steps[1] + steps[0] + steps[2]
+            row["hints"]["steps"] = steps[1] + steps[0] + steps[2:]
+        if self.dials.get("pairs"):        # see dopd.run: a row goes where its `split_by` is drawn to
+            mine = random.Random(row["prompt"]).random()
+            row["split_by"] = 2 if self.held_out(row["prompt"]) else 1 if mine >= 0.85 else row["prompt"]
         return row
+
+    def held_out(self, prompt: str) -> bool:
+        return any(prompt[place:place + 2] in self.PAIRS for place in range(len(prompt)))
 
     def solution(self, row, form, author, rng):
         if form == "none" or author == self.teacher and rng.random() < self.dials.get("doubts", 0):
             return super().solution(row, "none", author, rng)
-        told = [int(digit) for digit in row["hints"][form]]             # also where the hint is wrong
-        return self.work(int(row["prompt"][0]), told, author.slips, rng)
+        told = row["hints"][form] if form == "steps" else row["answer"][::2]      # also where the hint is wrong
+        return self.work(int(row["prompt"][0]), [int(digit) for digit in told], author.slips, rng)
 
+
+# Methods that need more than a table get policies of their own: see `step`. Minus the log-prob of a sampled token is a
+# forward KL from a "policy" that is sure of this token; weighted by a log-ratio, it has the gradient of a reverse KL.
+SURE_OF_IT = dopd.Row(dopd.Regime.ALL, "sampled", "forward_kl", "full", 1.0)
+
+
+def sampled_token(teacher: str) -> dopd.Recipe:
+    return dopd.Recipe([SURE_OF_IT._replace(weight=lambda scores: scores[teacher].logp - scores["student"].logp)],
+                       None, ("student", teacher))
+
+
+dopd.RECIPES |= {
+    "sft": dopd.Recipe([SURE_OF_IT]),                                   # on the right solutions, not on samples
+    "grpo": dopd.Recipe([SURE_OF_IT._replace(weight=lambda scores: scores["judge"].logp)], None, ("judge",)),
+    "vanilla, sampled token": sampled_token("teacher"),
+    "privileged_teacher, sampled token": sampled_token("privileged_teacher"),
+    # RLCSD (arXiv 2606.11709), our reading: plain + (right hint - wrong hint), all three as log-probs of the teacher.
+    "rlcsd": dopd.Recipe([recipes.VANILLA, recipes.PRIVILEGED,
+                          recipes.PRIVILEGED._replace(source="misled_teacher", weight=-1.0)])}
 
 METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen", "half"]
 MAIN = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_98", "dopd_99", "dopd_995", "dopd_frozen",
@@ -80,26 +116,46 @@ PARTS = [name for name in dopd.RECIPES if "HT" in name and name != "LH+LL+HT+HS"
     "forward_kl top_k", "forward_kl full", "reverse_kl top_k", "js top_k", "js full",
     "without teacher", "one objective", "one support", "without hint"]
 TASKS = {task: {"task": task, "test_prompts": 600} for task in ("shortcut", "rules")}
+RULES = TASKS["rules"]
 EXPERIMENTS = {
     "main": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
     "rules": Experiment({"rules": {"task": "rules"}}, MAIN, range(5)),
+    "vision": Experiment({f"vision, {hint}": {"task": "vision", "test_prompts": 600, "hint": hint}
+                          for hint in ("steps", "box", "none")}, [*METHODS, "where_unsure"]),
     "anchor": Experiment({"shortcut": {"task": "shortcut"}}, ["dopd", "dopd_frozen"], range(5), start="main"),
     "map": Experiment({f"{teacher} {student}": {
         "test_prompts": 600, "teacher_author": {"skips_hinted": teacher},
         "student_author": {"skips": student, "skips_hinted": student}}
         for teacher in (0.35, 0.7, 0.95) for student in (0.0, 0.1, 0.3)}, METHODS),
     "rates": Experiment({f"{task} {lr}": TASKS[task] | {"lr": lr} for task in TASKS for lr in (1e-4, 4e-4)},
-                        [*METHODS, "dopd_half"], start="main rules"),
+                        [*METHODS, "dopd_half"], range(5), start="main rules"),
     "parts": Experiment(TASKS, PARTS, start="main rules"),
-    "dials": Experiment({label: {"task": "rules", "test_prompts": 600, **changed} for label, changed in {
-        "half of the prompts with one more wild name": {"dials": {"more_wild": 0.5}},
-        "a third of the hints wrong": {"dials": {"wrong_hints": 0.33}},
-        "teacher ignores half of its hints": {"dials": {"doubts": 0.5}},
-        "teacher ignores all hints": {"dials": {"doubts": 1.0}}}.items()}, METHODS, range(2)),
+    "betas": Experiment(TASKS, [*recipes.BETAS], start="main rules"),
+    "tokens": Experiment(TASKS, [f"vanilla without {which}" for which in ("highest", "lowest", "random")],
+                         start="main rules"),
+    "others": Experiment(TASKS, ["sft", "grpo", "vanilla, sampled token", "privileged_teacher, sampled token", "rlcsd"],
+                         start="main rules"),
+    "hints": Experiment({hint: RULES | {"hint": hint, "dials": {}} for hint in
+                         ("execution", "summary", "answer", "none")}, ["privileged_teacher", "dopd", "dopd_frozen"]),
+    "sizes": Experiment({f"{task}, student of {layers} layers": TASKS[task] | {"student_author": {"layers": layers}}
+                         for task in TASKS for layers in (1, 4)},
+                        ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]),
+    "continual": Experiment({f"{first}, then {second}, {method}": TASKS[second] | {
+        "recipe": [method], "student": f"{ROOT}/runs/{start}/{first}-seed{{seed}}/{method}"}
+        for method in METHODS for start, first, second in (("rules", "rules", "shortcut"), ("main", "shortcut", "rules"))},
+        METHODS, start="main rules"),
+    "pairs": Experiment({"pairs of names that only the test has": RULES | {"dials": {"pairs": True}}}, METHODS),
+    "chains": Experiment({f"{3 * blocks} names": RULES | {"dials": {"blocks": blocks}, "max_new_tokens": 6 * blocks + 1}
+                          for blocks in (2, 4)}, ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]),
+    "dials": Experiment({label: RULES | {"dials": dials} for label, dials in {
+        "half of the prompts with one more wild name": {"more_wild": 0.5},
+        "a third of the hints wrong": {"wrong_hints": 0.33},
+        "teacher ignores half of its hints": {"doubts": 0.5},
+        "teacher ignores all hints": {"doubts": 1.0}}.items()}, METHODS),
     "long": Experiment({task: TASKS[task] | {"steps": 360} for task in TASKS},
-                       ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen"], range(2), "main rules"),
+                       ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen"], start="main rules"),
     "long_hinted": Experiment({task: TASKS[task] | {"steps": 360, "student_reads": "hinted"} for task in TASKS},
-                              ["privileged_teacher"], range(2), "main rules"),
+                              ["privileged_teacher"], start="main rules"),
 }
 
 
@@ -107,7 +163,7 @@ EXPERIMENTS = {
 def first_tokens(regimes, scores: dict, completions: list[list[int]]) -> dict:
     """What DOPD's router sees of the first tokens, of completions that skip the working and of others."""
     lengths = torch.tensor([len(ids) for ids in completions])
-    first, skips = lengths.cumsum(0) - lengths, torch.tensor([ids[0] == SKIP for ids in completions])
+    first, skips = lengths.cumsum(0) - lengths, torch.tensor([ids[0] == TOKENS.index("=") for ids in completions])
     found = {"share of skips": skips.float().mean().item()}
     for kind, chosen in (("skip", skips), ("work", ~skips)):
         if chosen.any():
@@ -125,21 +181,31 @@ def run(name: str, label: str, seed: int) -> None:
     if Path(folder, "job.json").exists():
         return
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
-    flags = dict(experiment.settings[label])
+    flags = {"recipe": experiment.recipes} | experiment.settings[label]
     authors = {role: flags.pop(f"{role}_author", {}) for role in ("teacher", "student")}
-    task = BASE[flags.get("task", "shortcut")]
+    task = BASE[flags.setdefault("task", "shortcut")]
     if "dials" in flags:
         task = Dials(*task)
-        Dials.dials = flags.pop("dials")
+    Dials.dials = flags.pop("dials", {})
     task = task._replace(**{role: getattr(task, role)._replace(**changes) for role, changes in authors.items()})
-    dopd.TASKS[flags.get("task", "shortcut")] = task                    # a process makes many runs: always set anew
+    dopd.TASKS[flags["task"]] = task                                    # a process makes many runs: always set anew
+    dopd.load = vision.load if flags["task"] == "vision" else LOAD
     for start in experiment.start.split():
         if flags["task"] in EXPERIMENTS[start].settings:
-            flags |= {role: str(folder_of(start, flags["task"], seed) / role) for role in ("teacher", "student")}
+            here = folder_of(start, flags["task"], seed)
+            flags = {"teacher": str(here / "teacher"), "student": str(here / "student")} | flags
+    flags["student"] = flags.get("student", "").format(seed=seed)
     reads = flags.pop("student_reads", "plain")
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
     seen, drawn, begun = [], [], time.time()
+
+    def warm_start(task, role, config, held_out):
+        if Dials.dials.get("pairs"):       # the warm start does not see the pairs, either
+            class Unseen(set):
+                __contains__ = lambda self, prompt: task.held_out(prompt) or set.__contains__(self, prompt)
+            held_out = Unseen(held_out)
+        return WARM_START(task, role, config, held_out)
 
     def noted(recipe, scores, lengths):
         regimes, weights = ASSIGN(recipe, scores, lengths)
@@ -148,11 +214,45 @@ def run(name: str, label: str, seed: int) -> None:
             seen.append({"recipe": label} | first_tokens(regimes, scores, drawn[-1]))
         return regimes, weights
 
-    dopd.assign, dopd.rollout = noted, lambda *given: drawn.append(ROLLOUT(*given)) or drawn[-1]
-    dopd.distill_step = lambda recipe, policies, *rest: STEP(
-        recipe, policies | {"student": policies["student"]._replace(reads=reads)}, *rest)
+    def score(policy, rows, completions, micro_batch=0):
+        """A policy's model may also be a function (rows, completions) -> a function from an index to log-probs."""
+        if isinstance(policy.model, torch.nn.Module):
+            return SCORE(policy, rows, completions, micro_batch)
+        return policy.model(rows, completions)
+
+    def sampled(rows, completions):
+        tokens = torch.tensor(sum(completions, []))
+        return lambda index: torch.full((len(index), len(TOKENS)), -torch.inf).scatter(1, tokens[index, None], 0.0)
+
+    def judge(rows, completions):
+        """GRPO: what is right, less the mean of the prompt's rollouts, divided by their deviation. Its "log-probs"."""
+        texts = ["".join(TOKENS[i] for i in ids) for ids in completions]
+        right = torch.tensor([float(bool(text.endswith(TOKENS[0]) and task.check(row, text[:-len(TOKENS[0])])))
+                              for row, text in zip(rows, texts)]).view(-1, 4)
+        advantage = (right - right.mean(1, keepdim=True)) / (right.std(1, keepdim=True) + 1e-4)
+        each = advantage.flatten().repeat_interleave(torch.tensor([len(ids) for ids in completions]))
+        return lambda index: each[index, None].expand(-1, len(TOKENS))
+
+    def step(recipe, policies, optimizer, rows, config):
+        hints = [row["hinted"][:len(row["hinted"]) - len(row["plain"])] for row in rows]     # the next row's is wrong
+        rows = [row | {"misled": hint + row["plain"]} for row, hint in zip(rows, hints[1:] + hints[:1])]
+        more = {"student": policies["student"]._replace(reads=reads), "judge": dopd.Policy(judge, ""),
+                "misled_teacher": policies["teacher"]._replace(reads="misled"), "sampled": dopd.Policy(sampled, "")}
+        solutions = [[TOKENS.index(character) for character in row["answer"]] + [0] for row in rows]
+        try:
+            dopd.rollout = lambda *given: drawn.append(
+                [ids for ids in solutions for _ in range(4)] if recipe is dopd.RECIPES["sft"] else ROLLOUT(*given)
+            ) or drawn[-1]
+            return STEP(recipe, policies | more, optimizer, rows, config)
+        finally:
+            dopd.rollout = ROLLOUT
+
+    dopd.assign, dopd.score, dopd.distill_step, dopd.warm_start = noted, score, step, warm_start
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        dopd.run(dopd.Config(**flags, recipe=experiment.recipes, seed=seed, out=str(folder)))
+        try:
+            dopd.run(dopd.Config(**flags, seed=seed, out=str(folder)))
+        except SystemExit:                 # it would end the worker without a word
+            raise RuntimeError(f"the last line of {folder}/log.txt says why") from None
     Path(folder, "first.json").write_text(json.dumps(seen))
     Path(folder, "checkpoint.pt").unlink(missing_ok=True)
     Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - begun), "commit": commit}))
@@ -202,9 +302,9 @@ def audit(name: str) -> pandas.DataFrame:
 
 def kinds_of(prompt: str, ids: list[int]) -> list[str]:
     """What every token of a completion is: a name's digit, right or wrong; a sum, right or wrong; part of a skip."""
-    task, tokens = BASE["rules"], [["<eos>", *dopd.Rules.CHARACTERS][i] for i in ids]
+    task, tokens = BASE["rules"], [TOKENS[i] for i in ids]
     answer = task.work(int(prompt[0]), task.recall(prompt[1:-1], 10, random.Random(0)))
-    kinds = ["skip"] + ["after a skip"] * (len(ids) - 1) if ids[0] == SKIP else ["end"] * len(ids)
+    kinds = ["skip"] + ["after a skip"] * (len(ids) - 1) if TOKENS[ids[0]] == "=" else ["end"] * len(ids)
     for place, kind, right in task.grade({"prompt": prompt, "answer": answer}, tokens)[1:]:
         kinds[place] = "wild digit" if kind == "unlearnable" else f"{kind}, {'right' if right else 'wrong'}"
     return kinds

@@ -146,5 +146,10 @@ def drop(which: str):
 for which in ("highest", "lowest", "random"):
     RECIPES[f"vanilla without {which}"] = Recipe([VANILLA], drop(which), BOTH_READ)
 
+# Figure 10: other weights.
+BETAS = {f"light {light}, weak {weak}": dopd(light, weak) for light, weak in (
+    (0.6, 0.0), (0.6, 1.0), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))}
+RECIPES |= BETAS
+
 if __name__ == "__main__":
     engine.main(sys.argv[1:])
