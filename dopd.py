@@ -193,14 +193,11 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_
     from an index (n,) to (n, V). It keeps hidden states (N, H), at a real vocabulary 70 times smaller than (N, V)."""
     model, hidden, size = policy.model, [], micro_batch or len(rows)
     for i in range(0, len(rows), size):
-        prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", model.device)       # (B, P)
-        tokens, mask = pad(completions[i:i + size], "right", model.device)                               # (B, T)
-        ids = torch.cat([prompts, tokens[:, :-1]], 1)                     # (B, P+T-1): the last token predicts nothing
-        attention = torch.cat([real, mask[:, :-1]], 1).long()
-        positions = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-        inputs = model.look(rows[i:i + size], policy.reads, ids) if model.look else positions
-        states = model.base_model(ids, attention_mask=attention, use_cache=False, **inputs).last_hidden_state
-        hidden.append(states[:, -tokens.shape[1]:][mask])
+        pairs = [(row[policy.reads], ids) for row, ids in zip(rows[i:i + size], completions[i:i + size])]
+        ids, real = pad([prompt + ids[:-1] for prompt, ids in pairs], "right", model.device)     # (B, L)
+        inputs = model.look(rows[i:i + size], policy.reads, ids) if model.look else {}
+        states = model.base_model(ids, attention_mask=real.long(), use_cache=False, **inputs).last_hidden_state
+        hidden += [state[len(prompt) - 1:len(prompt) + len(ids) - 1] for state, (prompt, ids) in zip(states, pairs)]
     hidden = torch.cat(hidden)                                            # (N, H)
     return lambda index: model.get_output_embeddings()(hidden[index])[..., :model.vocabulary].float().log_softmax(-1)
 
@@ -419,7 +416,8 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
         of_part = torch.nn.functional.pad(weights[:, start:end], (start, len(tokens) - end))
         logp = score(student, rows[i:i + size], completions[i:i + size])
         loss = recipe_loss(recipe, lambda index: logp(index - start), sources, of_part, config.top_k)
-        loss.backward()
+        with torch.autocast(tokens.device.type, enabled=False):           # which is for forward passes only
+            loss.backward()
         total += loss.item()
         entropies.append(token_scores(logp, tokens[start:end]).entropy)
     norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0).item()
@@ -458,8 +456,9 @@ def warm_start(task, role: str, config: Config, held_out: set[str], steps: int =
             if row["prompt"] not in held_out:
                 rows.append(row | {"form": form})
                 solutions.append(task.solution(row, form, author, rng) + "<eos>")
-        prompts = tokenizer([with_hint(row, row["form"], task.hint_template) for row in rows]).input_ids
-        completions = tokenizer(solutions).input_ids
+        with explained("the task: are all characters of prompts, hints and solutions in CHARACTERS?"):
+            prompts = tokenizer([with_hint(row, row["form"], task.hint_template) for row in rows]).input_ids
+            completions = tokenizer(solutions).input_ids
         rows = [row | {"plain": prompt} for row, prompt in zip(rows, prompts)]
         logp = score(Policy(model, "plain"), rows, completions)(slice(None))                 # (N, V)
         (-logp.gather(1, torch.tensor(sum(completions, []))[:, None]).mean()).backward()
@@ -600,14 +599,15 @@ def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCaus
         model.generation_config = transformers.GenerationConfig(          # the model's own distribution, nothing else
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], suppress_tokens=[*range(model.vocabulary, height)] or None)
-        # Some architectures cannot be padded, or change their logits after the last layer: compare with single rows.
         rows = [{"plain": [*range(length)]} for length in (3, 3, 8, 8)]
-        with explained(f"{model.name_or_path}: cannot be scored in batches"):
-            single = [model(torch.tensor([row["plain"]], device=config.device)).logits[:, -1] for row in rows]
-            error = (score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))
-                     - torch.cat(single)[:, :model.vocabulary].float().log_softmax(-1)).abs().mean().item()
+        prompts, real = pad([row["plain"] for row in rows], "left", model.device)
+        with explained(f"{model.name_or_path}: cannot be used in batches"):
+            sampled = model.generate(prompts, attention_mask=real.long(), max_new_tokens=1, output_logits=True,
+                                     return_dict_in_generate=True).logits[0][:, :model.vocabulary]
+            scored = score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))
+        error = (scored - sampled.float().log_softmax(-1)).abs().mean().item()
         require(error < (0.1 if model.dtype == torch.bfloat16 else 1e-3), f"{model.name_or_path}: not supported, since "
-                f"its scores differ between a padded batch and single rows, by {error:.2g} nats")
+                f"what it samples from and its scores differ by {error:.2g} nats: by padding, or after the last layer")
     return tokenizer, models[0].requires_grad_(False), models[1]
 
 

@@ -682,7 +682,7 @@ def test_a_real_model_sees_the_picture_of_its_row(vision, capsys):
         outs = [student.generate(**one, output_logits=True, return_dict_in_generate=True) for one in inputs]
         logp = [torch.cat(out.logits)[:, :student.vocabulary].log_softmax(-1) for out in outs]
         completions = [out.sequences[0, len(row[key]):].tolist() for out, row in zip(outs, rows)]
-        scores = dopd.score(Policy(student, key), rows, completions)(slice(None))     # in one batch, left-padded
+        scores = dopd.score(Policy(student, key), rows, completions)(slice(None))     # in one batch
         torch.testing.assert_close(scores, torch.cat(logp), rtol=0, atol=1e-4)
         assert min((one[0] - logp[0][0]).abs().max() for one in logp[1:]) > 1e-3  # other pictures, other scores
 

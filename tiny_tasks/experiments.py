@@ -35,6 +35,7 @@ import recipes  # noqa: E402
 import vision  # noqa: E402
 
 # As they are before a run changes them.
+dopd.TASKS["vision"] = vision.Vision(*dopd.TASKS["rules"])
 BASE, ASSIGN, STEP, ROLLOUT, SCORE = dict(dopd.TASKS), dopd.assign, dopd.distill_step, dopd.rollout, dopd.score
 LOAD, WARM_START = dopd.load, dopd.warm_start
 TOKENS = ["<eos>", *dopd.Rules.CHARACTERS]

@@ -4,8 +4,8 @@
         --teacher_model_name_or_path Qwen/Qwen3-8B --data my.jsonl --recipe dopd_frozen --learning_rate 5e-6 \\
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --output_dir runs/trl
 
-TRL samples, distributes, logs and saves; recipe, router and loss are those of dopd.py. Its other flags hold, but for
---beta: --use_peft is LoRA, --resume_from_checkpoint FOLDER goes on. Batch sizes count completions: 8 x 8 x 8 here.
+TRL samples, distributes, logs and saves. Its flags hold, but for --beta: --use_peft is LoRA, --resume_from_checkpoint
+FOLDER goes on. Batch sizes count completions: 8 x 8 x 8 here. FSDP: version 1, with a whole teacher on every GPU.
 """
 
 import copy
@@ -22,7 +22,6 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import dopd  # noqa: E402
 
 
@@ -52,6 +51,8 @@ class DOPDTrainer(trl.DistillationTrainer):
         self.recipe, self.anchor = dopd.RECIPES[self.args.recipe], None
         if self.recipe.anchor_decay and not is_peft_model(self.model):   # a copy of before a checkpoint is loaded
             self.anchor = self.accelerator.prepare_model(copy.deepcopy(self.model).eval(), evaluation_mode=True)
+        for model in (self.teacher_model, self.anchor) if self.is_fsdp_enabled else ():
+            model and model.to(self.accelerator.device)                  # accelerate leaves what it does not wrap
         models = map(self.accelerator.unwrap_model, (self.model, self.teacher_model.eval(), self.anchor or self.model))
         student, teacher, anchor = (model.get_base_model() if is_peft_model(model) else model for model in models)
         self.policies = {"student": dopd.Policy(student, "plain"), "privileged_student": dopd.Policy(anchor, "hinted"),
@@ -91,8 +92,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         batch["dopd"] = [row | {"completion": ids, "weights": weight, "place": place, "scored": scored} for row, ids,
                          weight, place in zip(rows, completions, own, torch.arange(sum(lengths)).split(lengths))]
         for row in self.recipe.rows:
-            share = (regimes == row.regime).float().mean().item()
-            self._metrics["train" if self.model.training else "eval"][f"regime/{row.regime.name}"].append(share)
+            self._metrics["train"][f"regime/{row.regime.name}"].append((regimes == row.regime).float().mean().item())
         return batch
 
     def _compute_loss(self, student, inputs: dict, num_items_in_batch) -> tuple:
@@ -118,9 +118,9 @@ def main() -> None:
              random.Random(config.seed).sample(rows, len(rows)) for _ in range(config.rollouts)]
     turn = (lambda text: [{"role": "user", "content": text}]) if tokenizer.chat_template else str
     data = Dataset.from_list([{"prompt": turn(plain), "hinted": turn(hinted)} for plain, hinted in texts])
-    trainer = DOPDTrainer(
-        student.model_name_or_path, config.teacher_model_name_or_path, config, data, processing_class=tokenizer,
-        quantization_config=trl.get_quantization_config(student), peft_config=trl.get_peft_config(student))
+    special = {"quantization_config": trl.get_quantization_config(student), "peft_config": trl.get_peft_config(student)}
+    names = student.model_name_or_path, config.teacher_model_name_or_path
+    trainer = DOPDTrainer(*names, config, data, processing_class=tokenizer, **special)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     trainer.end()

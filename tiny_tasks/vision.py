@@ -120,10 +120,8 @@ def report(log, tokenizer, folder, report=dopd.report) -> None:
     figure.savefig(f"{folder}/pictures.png", dpi=80)
 
 
-dopd.TASKS["vision"] = Vision(*dopd.TASKS["rules"])
-
-
 def main(argv: list[str]) -> None:
+    dopd.TASKS["vision"] = Vision(*dopd.TASKS["rules"])
     dopd.load, dopd.read_rows, dopd.report = load, read_rows, report
     dopd.main(argv if "--resume" in argv else ["--task", "vision", *argv])
 
