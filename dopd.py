@@ -5,7 +5,6 @@ hint that the student will not see later. For each token DOPD asks: if the stude
 agree with the teacher? If yes, a light correction is enough. If no, the one that is surer of the token teaches it.
 
     python dopd.py                       # the CPU experiment: minutes, then look into runs/
-    python dopd.py --resume runs/NAME    # go on after an interruption
     python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda      # see README.md
 
 Shapes: B completions; T tokens in the longest one; N tokens in all of them, joined end to end without padding; V tokens
@@ -193,11 +192,14 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_
     from an index (n,) to (n, V). It keeps hidden states (N, H), at a real vocabulary 70 times smaller than (N, V)."""
     model, hidden, size = policy.model, [], micro_batch or len(rows)
     for i in range(0, len(rows), size):
-        pairs = [(row[policy.reads], ids) for row, ids in zip(rows[i:i + size], completions[i:i + size])]
-        ids, real = pad([prompt + ids[:-1] for prompt, ids in pairs], "right", model.device)     # (B, L)
-        inputs = model.look(rows[i:i + size], policy.reads, ids) if model.look else {}
-        states = model.base_model(ids, attention_mask=real.long(), use_cache=False, **inputs).last_hidden_state
-        hidden += [state[len(prompt) - 1:len(prompt) + len(ids) - 1] for state, (prompt, ids) in zip(states, pairs)]
+        prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", model.device)       # (B, P)
+        tokens, mask = pad(completions[i:i + size], "right", model.device)                               # (B, T)
+        ids = torch.cat([prompts, tokens[:, :-1]], 1)                     # (B, P+T-1): the last token predicts nothing
+        attention = torch.cat([real, mask[:, :-1]], 1).long()
+        positions = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+        inputs = model.look(rows[i:i + size], policy.reads, ids) if model.look else positions
+        states = model.base_model(ids, attention_mask=attention, use_cache=False, **inputs).last_hidden_state
+        hidden.append(states[:, -tokens.shape[1]:][mask])
     hidden = torch.cat(hidden)                                            # (N, H)
     return lambda index: model.get_output_embeddings()(hidden[index])[..., :model.vocabulary].float().log_softmax(-1)
 
@@ -599,15 +601,14 @@ def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCaus
         model.generation_config = transformers.GenerationConfig(          # the model's own distribution, nothing else
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0], suppress_tokens=[*range(model.vocabulary, height)] or None)
+        # Some architectures cannot be padded, or change their logits after the last layer: compare with single rows.
         rows = [{"plain": [*range(length)]} for length in (3, 3, 8, 8)]
-        prompts, real = pad([row["plain"] for row in rows], "left", model.device)
-        with explained(f"{model.name_or_path}: cannot be used in batches"):
-            sampled = model.generate(prompts, attention_mask=real.long(), max_new_tokens=1, output_logits=True,
-                                     return_dict_in_generate=True).logits[0][:, :model.vocabulary]
-            scored = score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))
-        error = (scored - sampled.float().log_softmax(-1)).abs().mean().item()
+        with explained(f"{model.name_or_path}: cannot be scored in batches"):
+            single = [model(torch.tensor([row["plain"]], device=config.device)).logits[:, -1] for row in rows]
+            error = (score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))
+                     - torch.cat(single)[:, :model.vocabulary].float().log_softmax(-1)).abs().mean().item()
         require(error < (0.1 if model.dtype == torch.bfloat16 else 1e-3), f"{model.name_or_path}: not supported, since "
-                f"what it samples from and its scores differ by {error:.2g} nats: by padding, or after the last layer")
+                f"its scores differ between a padded batch and single rows, by {error:.2g} nats")
     return tokenizer, models[0].requires_grad_(False), models[1]
 
 
@@ -627,9 +628,8 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
         config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")
         require(not Path(config.out, "config.json").exists(), f"--out {config.out}: holds a run; choose another folder")
         if not config.teacher:
-            held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-            config.teacher, config.student = (
-                warm_start(task, role, config, held_out) for role in ("teacher", "student"))
+            unseen = {row["prompt"] for row in splits["validation"] + splits["test"]}
+            config.teacher, config.student = (warm_start(task, role, config, unseen) for role in ("teacher", "student"))
     tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens)
     if not saved:
         encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)

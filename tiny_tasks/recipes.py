@@ -122,16 +122,13 @@ def by_chance(scores) -> torch.Tensor:
     return regimes[torch.randperm(len(regimes), device="cpu").to(regimes.device)]
 
 
-def without_hint(scores) -> torch.Tensor:
-    return by_advantage_gap({f"privileged_{name}": scores[name] for name in ("teacher", "student")})
-
-
 RECIPES["without teacher"] = changed(source="privileged_student")
 RECIPES["one objective"] = changed(objective="reverse_kl")
 RECIPES["one support"] = changed(support="top_k")
 RECIPES["by chance"] = changed(router=by_chance)
-RECIPES["without hint"] = Recipe([row._replace(source=row.source.removeprefix("privileged_")) for row in dopd().rows],
-                                 without_hint, ("teacher", "student"))
+RECIPES["without hint"] = Recipe(
+    [row._replace(source=row.source.removeprefix("privileged_")) for row in dopd().rows],
+    lambda scores: by_advantage_gap({f"privileged_{name}": scores[name] for name in scores}), ("teacher", "student"))
 
 
 # Figure 4: vanilla without a fifth of the tokens.
@@ -145,11 +142,9 @@ def drop(which: str):
 
 for which in ("highest", "lowest", "random"):
     RECIPES[f"vanilla without {which}"] = Recipe([VANILLA], drop(which), BOTH_READ)
-
 # Figure 10: other weights.
-BETAS = {f"light {light}, weak {weak}": dopd(light, weak) for light, weak in (
-    (0.6, 0.0), (0.6, 1.0), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0))}
-RECIPES |= BETAS
+for light, weak in ((0.6, 0.0), (0.6, 1.0), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0)):
+    RECIPES[f"light {light}, weak {weak}"] = dopd(light, weak)
 
 if __name__ == "__main__":
     engine.main(sys.argv[1:])
