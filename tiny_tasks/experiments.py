@@ -285,43 +285,42 @@ EXTRAS = {"audit": (audit, ["main", "rules"]), "first_tokens": (anchor, ["anchor
 
 # ------------------------------------------------------------------------------------------------ 4. tables and figures
 SUMMARY = ["student before", "teacher", "vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_99",
-           "dopd_frozen", "by chance", "half", "where_unsure"]
-COLUMNS = ["exact match", "with hint", "entropy", "entropy, wild (best 1.28)", "skips", "recall", "execute"]
+           "dopd_frozen", "by chance", "half", "where_unsure", "rlcsd", "grpo", "sft"]
+DETAILS = [f"`{task}`: {column}" for task, column in (
+    ("shortcut", "with hint"), ("shortcut", "recall"), ("shortcut", "execute"), ("rules", "with hint"))]
+COLUMNS = ["exact match", "with hint", "skips", "recall", "execute", "entropy, wild (best 1.28)"]
 
 
 def spread(values: pandas.Series) -> str:
     return f"{values.mean():.2f} ± {values.std():.2f}"
 
 
-def everything(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Mean ± standard deviation over the seeds of all that is measured, and exact match seed by seed."""
-    by = frame.groupby(["setting", "policy"] if frame.setting.nunique() > 1 else "policy", sort=False)
-    found = by[COLUMNS].agg(spread)
-    found.insert(1, "seed by seed", by["exact match"].agg(lambda each: " ".join(f"{value:.2f}" for value in each)))
-    return found
+def methods(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
+    """Every policy on both tasks: mean ± standard deviation over the seeds, and exact match seed by seed."""
+    parts, known = [], pandas.concat(frames[name] for name in ("main", "rules", "others"))
+    known = known.drop_duplicates(["setting", "seed", "policy"])
+    for task, columns in (("shortcut", COLUMNS), ("rules", ["exact match", "with hint", COLUMNS[-1]])):
+        by = known[known.setting == task].groupby("policy", sort=False)
+        part = by[columns].agg(spread)
+        part.insert(1, "seed by seed", by["exact match"].agg(lambda each: " ".join(f"{value:.2f}" for value in each)))
+        parts.append(part.add_prefix(f"`{task}`: "))
+    return pandas.concat(parts, axis=1)
 
 
-def summary(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
-    """The most important policies on both tasks."""
-    columns = ["exact match", "seed by seed", "skips", "entropy, wild (best 1.28)"]
-    both = {task: everything(frames[name]).loc[SUMMARY, columns] for task, name in
-            (("`shortcut`", "main"), ("`rules`", "rules"))}
-    found = pandas.concat(both, axis=1).drop(columns=[("`rules`", "skips")])
-    return found.set_axis([f"{task}: {column}" for task, column in found.columns], axis=1)
-
-
-def grid(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Exact match: a line per policy, a column per setting."""
-    return frame.pivot_table(index="policy", columns="setting", values="exact match", aggfunc=spread, sort=False)
+def grid(frame: pandas.DataFrame, column: str = "exact match") -> pandas.DataFrame:
+    """A line per method, a column per setting."""
+    methods = frame[~frame.policy.isin(["student before", "teacher"])]
+    return methods.pivot_table(index="policy", columns="setting", values=column, aggfunc=spread, sort=False)
 
 
 def landed(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """For every kind of token: its share of all tokens, and the regimes that it is sent to."""
+    """For every kind of token: its share of all tokens; of these, the percentages in LH, LL, HT and HS."""
     counts = frame.pivot_table(index=["setting", "policy", "kind"], columns="regime", values="tokens", fill_value=0)
     total = counts.sum(axis=1)
-    shares = counts[["LH", "LL", "HT", "HS"]].div(total, axis=0)
-    shares.insert(0, "of all", total / total.groupby(["setting", "policy"]).transform("sum"))
-    return shares.map("{:.0%}".format)
+    of_all = (total / total.groupby(["setting", "policy"]).transform("sum")).map("{:.0%}: ".format)
+    shares = (100 * counts[["LH", "LL", "HT", "HS"]].div(total, axis=0)).map("{:.0f}".format)
+    cells = (of_all + shares.agg(" ".join, axis=1)).unstack(["setting", "policy"])
+    return cells.set_axis([", ".join(names) for names in cells.columns], axis=1)
 
 
 # claim; the paper's figures; the policy that should be higher; the one that should be lower
@@ -348,6 +347,7 @@ CLAIMS = [
     ("a slow anchor (0.99) beats the live one", "-", "dopd_99", "dopd"),
     ("half (AR-OPD, our reading) beats DOPD", "-", "half", "dopd"),
     ("where_unsure (ours) beats DOPD", "-", "where_unsure", "dopd"),
+    ("where_unsure (ours) beats the privileged teacher", "-", "where_unsure", "privileged_teacher"),
     ("DOPD beats supervised learning on right solutions", "-", "dopd", "sft"),
     ("DOPD beats GRPO on the checker", "-", "dopd", "grpo"),
 ]
@@ -355,20 +355,18 @@ CLAIMS = [
 
 def verdicts(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
     """Holds: higher in every seed. In part: the mean is higher. p: paired t-test over the seeds, two-sided."""
-    lines = []
+    found = pandas.DataFrame([claim[:2] for claim in CLAIMS], columns=["claim", "paper"])
     known = pandas.concat(frames.values()).drop_duplicates(["setting", "seed", "policy"])      # main's are the first
     exact = known.pivot(index=["setting", "seed"], columns="policy", values="exact match")
-    for claim, paper, higher, lower in CLAIMS:
+    for number, (_, _, higher, lower) in enumerate(CLAIMS):
         for task in ("shortcut", "rules"):
-            pair = exact[exact.index.get_level_values("setting") == task].reindex(columns=[higher, lower]).dropna()
-            if len(pair) > 1:
-                above, means = (pair[higher] > pair[lower]).sum(), pair.mean()
-                verdict = "holds" if above == len(pair) else "in part" if means[higher] > means[lower] else "no"
-                lines.append({"claim": claim, "paper": paper, "task": task, "verdict": verdict,
-                              "ours": f"{means[higher]:.2f} against {means[lower]:.2f}",
-                              "seeds": f"{above} of {len(pair)}",
-                              "p": f"{stats.ttest_rel(pair[higher], pair[lower]).pvalue:.3f}"})
-    return pandas.DataFrame(lines).set_index("claim")
+            pair = exact.loc[task].reindex(columns=[higher, lower]).dropna()
+            above, means = (pair[higher] > pair[lower]).sum(), pair.mean()
+            verdict = "holds" if above == len(pair) else "in part" if means[higher] > means[lower] else "no"
+            p = stats.ttest_rel(pair[higher], pair[lower]).pvalue
+            found.loc[number, f"`{task}`"] = "not run" if pair.empty else (
+                f"**{verdict}**: {means[higher]:.2f} against {means[lower]:.2f}, {above} of {len(pair)}, p = {p:.1g}")
+    return found.set_index("claim")
 
 
 def draw_map(frames: dict[str, pandas.DataFrame], file: Path) -> None:
@@ -409,7 +407,7 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
 
 def insert(name: str, frame: pandas.DataFrame, note: str = "") -> None:
     """Puts a table between <!-- NAME --> and <!-- /NAME -->, in both READMEs."""
-    text = frame.fillna("").to_markdown(tablefmt="github", disable_numparse=True) + note
+    text = frame.reset_index().fillna("").to_markdown(tablefmt="github", disable_numparse=True, index=False) + note
     for file in (ROOT / "README.md", RESULTS / "README.md"):
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", file.read_text()))
@@ -422,10 +420,11 @@ def draw() -> None:
     for name, frame in runs.items():
         minutes = frame.groupby(["setting", "seed"]).seconds.first().sum() / 60
         note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core; commit {', '.join({*frame.commit})}"
-        shown = everything(frame) if name in ("main", "rules", "vision") else grid(frame)
-        insert(name, shown, f"\n\n*{note}.*")
+        insert(name, grid(frame), f"\n\n*{note}.*")
+        insert(f"{name}, entropy", grid(frame, "entropy, wild (best 1.28)"))
     insert("verdicts", verdicts(runs))
-    insert("summary", summary(runs))
+    insert("methods", methods(runs))
+    insert("summary", methods(runs).loc[SUMMARY].drop(columns=DETAILS))
     insert("audit", landed(frames["audit"]))
     for name, function in (("map", draw_map), ("anchor", draw_anchor), ("long", draw_long)):
         function(frames, RESULTS / f"{name}.png")
