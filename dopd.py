@@ -68,11 +68,13 @@ class Config:
 
     def __post_init__(self):
         require(self.task in TASKS, f"--task {self.task}: must be one of {', '.join(TASKS)}")
-        require({*self.recipe} <= {*RECIPES}, f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}")
+        require({*self.recipe} <= {*RECIPES}, f"--recipe: one of {', '.join(RECIPES)}; see tiny_tasks/recipes.py, too")
+        for row in sum([RECIPES[name].rows for name in self.recipe], []):
+            require(row.objective in DIVERGENCES and row.support in ("full", "top_k"), f"unknown value in a row: {row}")
         for name, value in vars(self).items():
             least = 1 if name.endswith(("_size", "rollouts", "top_k", "_every", "_prompts")) else 0
             require(isinstance(value, (str, list)) or least <= value < math.inf, f"--{name} {value}: at least {least}")
-        require(bool(self.teacher) == bool(self.student) >= bool(self.data), "--data needs --teacher and --student")
+        require(bool(self.teacher) == bool(self.student) >= bool(self.data), "--teacher needs --student, --data both")
         require("\\n" not in self.hint_template, "--hint_template: for a new line instead of backslash-n: $'...\\n'")
         with explained(f"--answer_regex {self.answer_regex}"):
             require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
@@ -181,9 +183,8 @@ TASKS = {"rules": Rules(STRONG, WEAK),
 
 
 # ---------------------------------------------------------------------------------- 3. policies: score and sample
-# A model and what it reads of a row: "plain" (student, teacher) or "hinted" (privileged student, privileged teacher),
-# the token ids of the prompt without or with the hint. All four score the same completion tokens. `model.look`, where
-# it is not None, gives what a model that sees pictures reads besides: rows, key, ids (B, L) -> {name: tensor}.
+# A model, and which prompt it reads of a row, in token ids: "plain" (student, teacher), or "hinted" (privileged ones).
+# A model that sees pictures has a `model.look`, which gives its other inputs: rows, key, ids (B, L) -> {name: tensor}.
 Policy = NamedTuple("Policy", [("model", transformers.PreTrainedModel), ("reads", str)])
 
 
@@ -418,8 +419,7 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
         of_part = torch.nn.functional.pad(weights[:, start:end], (start, len(tokens) - end))
         logp = score(student, rows[i:i + size], completions[i:i + size])
         loss = recipe_loss(recipe, lambda index: logp(index - start), sources, of_part, config.top_k)
-        with torch.autocast(tokens.device.type, enabled=False):           # which is for forward passes only
-            loss.backward()
+        loss.backward()
         total += loss.item()
         entropies.append(token_scores(logp, tokens[start:end]).entropy)
     norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0).item()
@@ -522,7 +522,7 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
     routed = [name for name in frame.recipe.unique() if RECIPES[name].router]
     figure, axes = pyplot.subplots(1, 2 + len(routed), figsize=(8 + 4 * len(routed), 4), layout="constrained")
     for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match", "entropy (nats)")):
-        frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name)
+        frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name, marker=".")
     for axis, name in zip(axes[2:], routed):
         shares = pandas.DataFrame([row["regime_share"] for row in log if "step" in row and row["recipe"] == name])
         colours = {row.regime.name: COLOURS[row.regime % 8] for row in RECIPES[name].rows}
@@ -535,7 +535,7 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
 # -------------------------------------------------------------------------------------- 9. data, real models, main
 def read_rows(config: Config) -> list[dict]:
     """The rows of --data, with a hint of the form that was asked for."""
-    path, given = Path(config.data), f"--data {config.data}"
+    path, given = Path(config.data), f"--data {config.data}" + " (not on this disk)" * (not Path(config.data).exists())
     kind = path.suffix[1:].replace("jsonl", "json") if path.is_file() else config.data
     with explained(given):                 # what is on disk may have changed since it was last read
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
@@ -544,7 +544,7 @@ def read_rows(config: Config) -> list[dict]:
         row["hints"] = {config.hint: row.get("hint")} | (row.get("hints") or {}) | {"none": ""}
         texts = {"prompt": row.get("prompt"), "answer": row.get("answer"), "hint": row["hints"][config.hint]}
         wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value and name != "hint"]
-        require(not wrong, f"{given}, row {number}: no text for {', '.join(wrong)}; columns: {table.column_names}")
+        require(not wrong, f"{given}, row {number}: must be text: {', '.join(wrong)}; columns: {table.column_names}")
     return rows
 
 
@@ -572,7 +572,7 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
             require(all(part.strip() in seen for part in (row["prompt"], row["hints"][read])),
                     f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
             require(0 < len(row[key]) <= room and max(ids) < model.vocabulary,
-                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens (room: {room}), or a token that the model lacks")
+                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens (less --max_new_tokens: {room}), or unknown ones")
 
 
 def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:

@@ -284,8 +284,8 @@ EXTRAS = {"audit": (audit, ["main", "rules"]), "first_tokens": (anchor, ["anchor
 
 
 # ------------------------------------------------------------------------------------------------ 4. tables and figures
-SUMMARY = ["student before", "teacher", "vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_99",
-           "dopd_frozen", "by chance", "half", "where_unsure", "rlcsd", "grpo", "sft"]
+SUMMARY = ["student before", "teacher", "vanilla", "privileged_teacher", "dopd", "dopd_99", "dopd_frozen", "by chance",
+           "half", "where_unsure", "rlcsd", "grpo", "sft"]
 DETAILS = [f"`{task}`: {column}" for task, column in (
     ("shortcut", "with hint"), ("shortcut", "recall"), ("shortcut", "execute"), ("rules", "with hint"))]
 COLUMNS = ["exact match", "with hint", "skips", "recall", "execute", "entropy, wild (best 1.28)"]
