@@ -390,7 +390,7 @@ def draw_anchor(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     known[["first token", "policy"]] = known.variable.str.split(" ", expand=True)
     known = known.replace({"q_T": "privileged teacher", "q_S": "privileged student", "skip": "skips", "work": "works"})
     grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="recipe", row="first token", kind="line",
-                           errorbar="sd", height=2.8, aspect=1.5)
+                           errorbar=("pi", 100), height=2.8, aspect=1.5)
     grid.set(ylabel="probability of the first token", ylim=(0, 1))
     grid.savefig(file, dpi=100)
 
@@ -399,7 +399,7 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     """Figure 3 of the paper."""
     known = frames["curves"].melt(["setting", "seed", "policy", "step"], ["exact match", "entropy"]).dropna()
     grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="setting", row="variable", kind="line",
-                           errorbar="sd", height=2.8, aspect=1.6, facet_kws={"sharey": "row"})
+                           errorbar=("pi", 100), height=2.8, aspect=1.6, facet_kws={"sharey": "row"})
     grid.set_titles("{col_name}: {row_name}")
     grid.set(ylabel="exact match, or nats")
     grid.savefig(file, dpi=100)
