@@ -521,8 +521,8 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
         return
     routed = [name for name in frame.recipe.unique() if RECIPES[name].router]
     figure, axes = pyplot.subplots(1, 2 + len(routed), figsize=(8 + 4 * len(routed), 4), layout="constrained")
-    for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match", "entropy (nats)")):
-        frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name, marker=".")
+    for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match, validation", "entropy, nats")):
+        frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name, marker=".", ms=2)
     for axis, name in zip(axes[2:], routed):
         shares = pandas.DataFrame([row["regime_share"] for row in log if "step" in row and row["recipe"] == name])
         colours = {row.regime.name: COLOURS[row.regime % 8] for row in RECIPES[name].rows}
