@@ -521,7 +521,7 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
         return
     routed = [name for name in frame.recipe.unique() if RECIPES[name].router]
     figure, axes = pyplot.subplots(1, 2 + len(routed), figsize=(8 + 4 * len(routed), 4), layout="constrained")
-    for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match, validation", "entropy, nats")):
+    for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match", "entropy (nats)")):
         frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name, marker=".", ms=2)
     for axis, name in zip(axes[2:], routed):
         shares = pandas.DataFrame([row["regime_share"] for row in log if "step" in row and row["recipe"] == name])
@@ -535,9 +535,9 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
 # -------------------------------------------------------------------------------------- 9. data, real models, main
 def read_rows(config: Config) -> list[dict]:
     """The rows of --data, with a hint of the form that was asked for."""
-    path, given = Path(config.data), f"--data {config.data}" + " (not on this disk)" * (not Path(config.data).exists())
+    path, given = Path(config.data), f"--data {config.data}"
     kind = path.suffix[1:].replace("jsonl", "json") if path.is_file() else config.data
-    with explained(given):                 # what is on disk may have changed since it was last read
+    with explained(given if path.exists() else f"{given}, not on this disk"):     # what is may have changed since then
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
                                       download_mode="force_redownload" if path.exists() else None)
     for number, row in enumerate(rows := table.to_list(), 1):
@@ -572,7 +572,7 @@ def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None
             require(all(part.strip() in seen for part in (row["prompt"], row["hints"][read])),
                     f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
             require(0 < len(row[key]) <= room and max(ids) < model.vocabulary,
-                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens (less --max_new_tokens: {room}), or unknown ones")
+                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens (--max_new_tokens leaves {room}), or unknown")
 
 
 def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:

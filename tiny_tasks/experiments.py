@@ -176,17 +176,17 @@ def run(name: str, label: str, seed: int) -> None:
         flags |= {role: str(there / role) for role in ("teacher", "student")}
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
-    seen, drawn, begun = [], [], time.time()
+    seen, drawn, begun = [], None, time.time()
 
     def assign(recipe, scores, lengths):
         regimes, weights = BEFORE["assign"](recipe, scores, lengths)
         if recipe.router == recipes.by_advantage_gap:
             known = next(key for key, value in dopd.RECIPES.items() if value is recipe)
-            seen.append({"recipe": known} | first_tokens(regimes, scores, drawn[-1]))
+            seen.append({"recipe": known} | first_tokens(regimes, scores, drawn))
         return regimes, weights
 
     def score(policy, rows, completions, micro_batch=0):
-        if callable(policy.model) and not isinstance(policy.model, torch.nn.Module):         # sampled, or judge
+        if policy.model in (sampled, judge):
             return policy.model(rows, completions)
         return BEFORE["score"](policy, rows, completions, micro_batch)
 
@@ -198,15 +198,16 @@ def run(name: str, label: str, seed: int) -> None:
         solutions = [[*map(TOKENS.index, row["answer"]), 0] for row in rows for _ in range(4)]
 
         def rollout(*given):
-            drawn[:] = [solutions if recipe is dopd.RECIPES["sft"] else BEFORE["rollout"](*given)]
-            return drawn[0]
+            nonlocal drawn
+            drawn = solutions if recipe is dopd.RECIPES["sft"] else BEFORE["rollout"](*given)
+            return drawn
         dopd.rollout = rollout
         metrics = BEFORE["distill_step"](recipe, policies | more, optimizer, rows, config)
         dopd.rollout = BEFORE["rollout"]   # of evaluations
         return metrics
 
     dopd.assign, dopd.score, dopd.distill_step = assign, score, step
-    dopd.TASKS[flags["task"]], dopd.rollout = task, BEFORE["rollout"]   # a process makes many runs: always set anew
+    dopd.TASKS[flags["task"]] = task       # a process makes many runs: always set anew
     dopd.load = vision.load if flags["task"] == "vision" else BEFORE["load"]
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -286,8 +287,6 @@ EXTRAS = {"audit": (audit, ["main", "rules"]), "first_tokens": (anchor, ["anchor
 # ------------------------------------------------------------------------------------------------ 4. tables and figures
 SUMMARY = ["student before", "teacher", "vanilla", "privileged_teacher", "dopd", "dopd_99", "dopd_frozen", "by chance",
            "half", "where_unsure", "rlcsd", "grpo", "sft"]
-DETAILS = [f"`{task}`: {column}" for task, column in (
-    ("shortcut", "with hint"), ("shortcut", "recall"), ("shortcut", "execute"), ("rules", "with hint"))]
 COLUMNS = ["exact match", "with hint", "skips", "recall", "execute", "entropy, wild (best 1.28)"]
 
 
@@ -309,8 +308,8 @@ def methods(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
 
 def grid(frame: pandas.DataFrame, column: str = "exact match") -> pandas.DataFrame:
     """A line per method, a column per setting."""
-    methods = frame[~frame.policy.isin(["student before", "teacher"])]
-    return methods.pivot_table(index="policy", columns="setting", values=column, aggfunc=spread, sort=False)
+    trained = frame[~frame.policy.isin(["student before", "teacher"])]
+    return trained.pivot_table(index="policy", columns="setting", values=column, aggfunc=spread, sort=False)
 
 
 def landed(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -405,27 +404,29 @@ def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
     grid.savefig(file, dpi=100)
 
 
-def insert(name: str, frame: pandas.DataFrame, note: str = "") -> None:
-    """Puts a table between <!-- NAME --> and <!-- /NAME -->, in both READMEs."""
-    text = frame.reset_index().fillna("").to_markdown(tablefmt="github", disable_numparse=True, index=False) + note
-    for file in (ROOT / "README.md", RESULTS / "README.md"):
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        file.write_text(marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", file.read_text()))
+def markdown(frame: pandas.DataFrame) -> str:
+    return frame.reset_index().fillna("").to_markdown(tablefmt="github", disable_numparse=True, index=False)
 
 
 def draw() -> None:
-    """All tables and figures, from the CSV files that are there."""
+    """All figures, and all tables between <!-- NAME --> and <!-- /NAME --> in both READMEs, from the CSV files."""
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in RESULTS.glob("*.csv")}
     runs = {name: frames[name] for name in EXPERIMENTS if name in frames}
+    everything, tables = methods(runs), {}
     for name, frame in runs.items():
         minutes = frame.groupby(["setting", "seed"]).seconds.first().sum() / 60
-        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core; commit {', '.join({*frame.commit})}"
-        insert(name, grid(frame), f"\n\n*{note}.*")
-        insert(f"{name}, entropy", grid(frame, "entropy, wild (best 1.28)"))
-    insert("verdicts", verdicts(runs))
-    insert("methods", methods(runs))
-    insert("summary", methods(runs).loc[SUMMARY].drop(columns=DETAILS))
-    insert("audit", landed(frames["audit"]))
+        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core"
+        tables[name] = f"{markdown(grid(frame))}\n\n*{note}; commit {', '.join(sorted({*frame.commit}))}.*"
+    for name, frame in {
+            "verdicts": verdicts(runs), "methods": everything, "audit": landed(frames["audit"]),
+            "summary": everything.loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
+            "vision, entropy": grid(runs["vision"], "entropy, wild (best 1.28)")}.items():
+        tables[name] = markdown(frame)
+    for file in (ROOT / "README.md", RESULTS / "README.md"):            # marks of what has not run stay as they are
+        file.write_text(re.sub(
+            r"(<!-- ([^/].*?) -->\n)(.*?)(<!-- /\2 -->)", lambda found: found[1] + (
+                f"\n{tables[found[2]]}\n" if found[2] in tables else found[3]) + found[4],
+            file.read_text(), flags=re.DOTALL))
     for name, function in (("map", draw_map), ("anchor", draw_anchor), ("long", draw_long)):
         function(frames, RESULTS / f"{name}.png")
         pyplot.close("all")

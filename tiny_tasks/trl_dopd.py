@@ -4,8 +4,7 @@
         --teacher_model_name_or_path Qwen/Qwen3-8B --data my.jsonl --recipe dopd_frozen --learning_rate 5e-6 \\
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --output_dir runs/trl
 
-TRL samples, distributes, logs and saves. Its flags hold, but for --beta: --use_peft is LoRA, --resume_from_checkpoint
-FOLDER goes on. Batch sizes count completions: 8 x 8 x 8 here. FSDP: version 1, with a whole teacher on every GPU.
+TRL's flags hold, but for --beta. --use_peft is LoRA; --resume_from_checkpoint FOLDER goes on; batches are completions.
 """
 
 import copy
@@ -51,8 +50,6 @@ class DOPDTrainer(trl.DistillationTrainer):
         self.recipe, self.anchor = dopd.RECIPES[self.args.recipe], None
         if self.recipe.anchor_decay and not is_peft_model(self.model):   # a copy of before a checkpoint is loaded
             self.anchor = self.accelerator.prepare_model(copy.deepcopy(self.model).eval(), evaluation_mode=True)
-        for model in (self.teacher_model, self.anchor) if self.is_fsdp_enabled else ():
-            model and model.to(self.accelerator.device)                  # accelerate leaves what it does not wrap
         models = map(self.accelerator.unwrap_model, (self.model, self.teacher_model.eval(), self.anchor or self.model))
         student, teacher, anchor = (model.get_base_model() if is_peft_model(model) else model for model in models)
         self.policies = {"student": dopd.Policy(student, "plain"), "privileged_student": dopd.Policy(anchor, "hinted"),
@@ -61,6 +58,8 @@ class DOPDTrainer(trl.DistillationTrainer):
         for model, text in ((model, model.config.get_text_config()) for model in (student, teacher, anchor)):
             dopd.require({getattr(text, key, None) for key in odd} <= {None, 1}, f"{text.model_type}: scales logits")
             model.vocabulary, model.look = text.vocab_size, None
+            if self.is_fsdp_enabled and model is not student:            # only version 1; whole on every GPU, as
+                model.to(self.accelerator.device)                        # accelerate leaves what it does not wrap
 
     def score(self, name: str, rows: list[dict], completions: list[list[int]]) -> tuple:
         """The log-probs of one policy on this process's tokens, a function as of dopd.score, and their Scores."""
@@ -91,8 +90,9 @@ class DOPDTrainer(trl.DistillationTrainer):
         # TRL shuffles the rows and deals them out to the accumulation steps. Each knows its place among the tokens.
         batch["dopd"] = [row | {"completion": ids, "weights": weight, "place": place, "scored": scored} for row, ids,
                          weight, place in zip(rows, completions, own, torch.arange(sum(lengths)).split(lengths))]
+        mode = "train" if self.model.training else "eval"
         for row in self.recipe.rows:
-            self._metrics["train"][f"regime/{row.regime.name}"].append((regimes == row.regime).float().mean().item())
+            self._metrics[mode][f"regime/{row.regime.name}"].append((regimes == row.regime).float().mean().item())
         return batch
 
     def _compute_loss(self, student, inputs: dict, num_items_in_batch) -> tuple:
