@@ -118,13 +118,14 @@ class Rules(NamedTuple):
     student: Author
     hint_template: str = "{hint}|{prompt}"
     max_new_tokens: int = 7
+    names: int = 3              # in a prompt
     CHARACTERS = "0123456789=|abcdefghijklm"
     STABLE = dict(zip("abcdefghij", (3, 7, 1, 8, 5, 9, 2, 6, 4, 0)))
     WILD = {"k": (1, 4, 6, 9), "l": (8, 2, 5, 3), "m": (0, 7, 3, 6)}      # with 40, 30, 20, 10%: 1.28 nats of entropy
 
     def problem(self, rng: random.Random) -> dict:
         start = rng.randrange(10)
-        names = "".join(rng.choice("klm" if rng.random() < 0.2 else "abcdefghij") for _ in range(3))
+        names = "".join(rng.choice("klm" if rng.random() < 0.2 else "abcdefghij") for _ in range(self.names))
         digits = self.recall(names, 10, rng)
         worked = self.work(start, digits)
         return {"prompt": f"{start}{names}=", "answer": worked, "hints": {"steps": worked[::2], "none": ""}}

@@ -9,6 +9,7 @@ finished run is not repeated: delete its folder after changing the code. To add 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")                           # before torch comes in
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -35,7 +37,7 @@ import recipes  # noqa: E402
 import vision  # noqa: E402
 
 dopd.TASKS["vision"] = vision.Vision(*dopd.TASKS["rules"])
-BEFORE = dict(vars(dopd), TASKS=dict(dopd.TASKS))                       # as it is before a run changes it
+BEFORE = dict(vars(dopd))                                               # as it is before a run changes it
 TOKENS = ["<eos>", *dopd.Rules.CHARACTERS]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
@@ -44,14 +46,21 @@ RESULTS = ROOT / "tiny_tasks/results"
 # ------------------------------------------------------------------------------------------------------ 1. experiments
 class Experiment(NamedTuple):
     """Every setting with every seed: flags of dopd.py, and the recipes that are compared."""
-    settings: dict                 # label: flags of dopd.py, or what `run` takes out of them
+    settings: dict                 # label: flags of dopd.py, or what `run` takes out of them; up to a colon: its column
     recipes: list[str]
     seeds: range = range(3)
     start: bool = False            # from the tiny policies of main and rules
 
 
+# Twenty pairs of neighbouring names, and the prompts that have one.
+PAIRS = {first + "abcdefghij"[(place + far) % 10] for place, first in enumerate("abcdefghij") for far in (3, 7)}
+PAIRED = {f"{start}{''.join(names)}=" for start in range(10) for names in itertools.product("abcdefghijklm", repeat=3)
+          if {names[0] + names[1], names[1] + names[2]} & PAIRS}
+
+
 class Dials(dopd.Rules):
-    """`rules` with more forms of the hint, and dials: more wild names, wrong hints, a teacher that ignores its hint."""
+    """`rules` with more forms of the hint, and dials: more wild names, wrong hints, a teacher that ignores its hint,
+    and pairs that only the test has."""
     dials = {}
 
     def problem(self, rng):
@@ -65,6 +74,9 @@ class Dials(dopd.Rules):
         row["hints"] |= {"execution": worked, "answer": worked[-1], "summary": str(sum(map(int, worked[::2])))}
         if rng.random() < self.dials.get("wrong_hints", 0):             # two of its digits have changed places
             row["hints"]["steps"] = worked[2] + worked[0] + worked[4]
+        if self.dials.get("pairs"):        # a row goes where its `split_by` falls: 2 to the test, 1 to the training
+            draw = random.Random(row["prompt"]).random()
+            row["split_by"] = 2 if row["prompt"] in PAIRED else 1 if draw >= 0.85 else row["prompt"]
         return row
 
     def solution(self, row, form, author, rng):
@@ -88,7 +100,8 @@ for name, source in (("vanilla", "teacher"), ("privileged_teacher", "privileged_
     OTHERS[f"{name}, sampled token"] = dopd.Recipe([row], None, ("student", source))
 dopd.RECIPES |= OTHERS
 
-METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen", "half"]
+METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]
+OURS = [*METHODS, "half", "where_unsure"]
 MAIN = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_98", "dopd_99", "dopd_995", "dopd_frozen",
         "eopd", "tip", "demopsd", "half_25", "half", "half_75", "where_unsure", "dopd_half", "dopd_half_frozen",
         "by chance"]
@@ -100,27 +113,34 @@ EXPERIMENTS = {
     "main": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
     "rules": Experiment({"rules": {"task": "rules"}}, MAIN, range(5)),
     "vision": Experiment({f"vision, {hint}": {"task": "vision", "test_prompts": 600, "hint": hint}
-                          for hint in ("steps", "box", "none")}, [*METHODS, "where_unsure"]),
+                          for hint in ("steps", "box", "none")}, OURS),
     "anchor": Experiment({"shortcut": {"task": "shortcut"}}, ["dopd", "dopd_frozen"], range(5), start=True),
     "map": Experiment({f"{teacher} {student}": {
-        "test_prompts": 600, "teacher_author": {"skips_hinted": teacher},
-        "student_author": {"skips": student, "skips_hinted": student}}
-        for teacher in (0.35, 0.7, 0.95) for student in (0.0, 0.1, 0.3)}, METHODS),
+        "test_prompts": 600, "fields": {"teacher": dopd.STRONG._replace(skips_hinted=teacher),
+                                        "student": dopd.WEAK._replace(skips=student, skips_hinted=student)}}
+        for teacher in (0.35, 0.7, 0.95) for student in (0.0, 0.1, 0.3)}, OURS),
     "rates": Experiment({f"{task} {lr}": TASKS[task] | {"lr": lr} for task in TASKS for lr in (1e-4, 4e-4)},
-                        [*METHODS, "dopd_half"], range(5), start=True),
+                        [*OURS, "dopd_half"], range(5), start=True),
     "parts": Experiment(TASKS, PARTS, start=True),
     "betas": Experiment(TASKS, [name for name in dopd.RECIPES if name.startswith("light")], start=True),
     "tokens": Experiment(TASKS, [name for name in dopd.RECIPES if name.startswith("vanilla without")], start=True),
     "others": Experiment(TASKS, [*OTHERS], start=True),
     "hints": Experiment({hint: TASKS["rules"] | {"hint": hint, "dials": {}}
                          for hint in ("execution", "summary", "answer", "none")}, METHODS[1:4]),
-    "sizes": Experiment({f"{task}, student of {layers} layers": TASKS[task] | {"student_author": {"layers": layers}}
-                         for task in TASKS for layers in (1, 4)}, METHODS[:4]),
+    "sizes": Experiment({f"{task}, student of {layers} layers": TASKS[task] | {
+        "fields": {"student": dopd.TASKS[task].student._replace(layers=layers)}}
+        for task in TASKS for layers in (1, 4)}, METHODS),
+    "chains": Experiment({f"{names} names": {
+        "task": "rules", "fields": {"names": names, "max_new_tokens": 2 * names + 1}} for names in (2, 6, 10)}, OURS),
+    "pairs": Experiment({"pairs that only the test has": TASKS["rules"] | {"dials": {"pairs": True}}}, OURS),
+    "continual": Experiment({f"{first}, then {second}: {method}": TASKS[second] | {
+        "recipe": [method], "student": f"{ROOT}/runs/{start}/{first}-seed{{seed}}/{method}"} for method in OURS
+        for start, first, second in (("rules", "rules", "shortcut"), ("main", "shortcut", "rules"))}, OURS, start=True),
     "dials": Experiment({label: TASKS["rules"] | {"dials": dials} for label, dials in {
         "half of the prompts with one more wild name": {"more_wild": 0.5},
         "a third of the hints wrong": {"wrong_hints": 0.33},
         "teacher ignores half of its hints": {"doubts": 0.5},
-        "teacher ignores all hints": {"doubts": 1.0}}.items()}, METHODS),
+        "teacher ignores all hints": {"doubts": 1.0}}.items()}, OURS),
     "long": Experiment({task: TASKS[task] | {"steps": 360} for task in TASKS},
                        ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen"], start=True),
     "long_hinted": Experiment({task: TASKS[task] | {"steps": 360, "student_reads": "hinted"} for task in TASKS},
@@ -138,7 +158,7 @@ def sampled(rows, completions):
 def judge(rows, completions):
     """GRPO's advantage, in place of log-probs: right or not, less the mean of the prompt's four, by their deviation."""
     texts = ["".join(TOKENS[i] for i in ids) for ids in completions]
-    right = torch.tensor([float(text.endswith("<eos>") and bool(BEFORE["TASKS"]["rules"].check(row, text[:-5])))
+    right = torch.tensor([float(text.endswith("<eos>") and bool(dopd.TASKS["rules"].check(row, text[:-5])))
                           for row, text in zip(rows, texts)]).view(-1, 4)
     advantage = (right - right.mean(1, keepdim=True)) / (right.std(1, keepdim=True) + 1e-4)
     each = advantage.flatten().repeat_interleave(torch.tensor([len(ids) for ids in completions]))
@@ -166,14 +186,13 @@ def run(name: str, label: str, seed: int) -> None:
         return
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     flags = {"task": "shortcut", "recipe": experiment.recipes} | experiment.settings[label]
-    authors = {role: flags.pop(f"{role}_author", {}) for role in ("teacher", "student")}
-    task = BEFORE["TASKS"][flags["task"]]
-    task = Dials(*task) if "dials" in flags else task
-    Dials.dials, reads = flags.pop("dials", {}), flags.pop("student_reads", "plain")
-    task = task._replace(**{role: getattr(task, role)._replace(**changes) for role, changes in authors.items()})
+    task, dials, reads = dopd.TASKS[flags["task"]], flags.pop("dials", None), flags.pop("student_reads", "plain")
+    Dials.dials, task = dials or {}, task if dials is None else Dials(*task)
+    tasks = dopd.TASKS | {flags["task"]: task._replace(**flags.pop("fields", {}))}
     if experiment.start:
         there = folder_of({"shortcut": "main"}.get(flags["task"], "rules"), flags["task"], seed)
-        flags |= {role: str(there / role) for role in ("teacher", "student")}
+        flags = {role: str(there / role) for role in ("teacher", "student")} | flags
+        flags["student"] = flags["student"].format(seed=seed)
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
     seen, drawn, begun = [], None, time.time()
@@ -190,26 +209,29 @@ def run(name: str, label: str, seed: int) -> None:
             return policy.model(rows, completions)
         return BEFORE["score"](policy, rows, completions, micro_batch)
 
+    def warm_start(task, role, config, held_out):
+        return BEFORE["warm_start"](task, role, config, held_out | (PAIRED if Dials.dials.get("pairs") else set()))
+
     def step(recipe, policies, optimizer, rows, config):
         hints = [row["hinted"][:len(row["hinted"]) - len(row["plain"])] for row in rows]     # the next row's is wrong
         rows = [row | {"misled": hint + row["plain"]} for row, hint in zip(rows, hints[1:] + hints[:1])]
         more = {"student": policies["student"]._replace(reads=reads), "judge": dopd.Policy(judge, ""),
                 "misled_teacher": policies["teacher"]._replace(reads="misled"), "sampled": dopd.Policy(sampled, "")}
-        solutions = [[*map(TOKENS.index, row["answer"]), 0] for row in rows for _ in range(4)]
 
-        def rollout(*given):
+        def rollout(policy, prompts, micro_batch):
             nonlocal drawn
-            drawn = solutions if recipe is dopd.RECIPES["sft"] else BEFORE["rollout"](*given)
+            solutions = recipe is dopd.RECIPES["sft"]
+            drawn = [[*map(TOKENS.index, row["answer"]), 0] for row in prompts] if solutions else BEFORE["rollout"](
+                policy, prompts, micro_batch)
             return drawn
-        dopd.rollout = rollout
-        metrics = BEFORE["distill_step"](recipe, policies | more, optimizer, rows, config)
-        dopd.rollout = BEFORE["rollout"]   # of evaluations
-        return metrics
+        with mock.patch.object(dopd, "rollout", rollout):               # not that of evaluations
+            return BEFORE["distill_step"](recipe, policies | more, optimizer, rows, config)
 
-    dopd.assign, dopd.score, dopd.distill_step = assign, score, step
-    dopd.TASKS[flags["task"]] = task       # a process makes many runs: always set anew
-    dopd.load = vision.load if flags["task"] == "vision" else BEFORE["load"]
-    with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    changed = {"assign": assign, "score": score, "distill_step": step, "warm_start": warm_start, "TASKS": tasks}
+    if flags["task"] == "vision":
+        changed["load"] = vision.load
+    with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), \
+            mock.patch.multiple(dopd, **changed):
         try:
             dopd.run(dopd.Config(**flags, seed=seed, out=str(folder)))
         except SystemExit:                 # it would end the worker without a word
@@ -255,7 +277,7 @@ def audit(name: str) -> pandas.DataFrame:
 
 def kinds_of(prompt: str, ids: list[int]) -> list[str]:
     """What every token of a completion is: a name's digit, right or wrong; a sum, right or wrong; part of a skip."""
-    task, tokens = BEFORE["TASKS"]["rules"], [TOKENS[i] for i in ids]
+    task, tokens = dopd.TASKS["rules"], [TOKENS[i] for i in ids]
     answer = task.work(int(prompt[0]), task.recall(prompt[1:-1], 10, random.Random(0)))
     kinds = ["skip"] + ["after a skip"] * (len(ids) - 1) if tokens[0] == "=" else ["end"] * len(ids)
     for place, kind, right in task.grade({"prompt": prompt, "answer": answer}, tokens)[1:]:
@@ -308,7 +330,7 @@ def methods(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
 
 def grid(frame: pandas.DataFrame, column: str = "exact match") -> pandas.DataFrame:
     """A line per method, a column per setting."""
-    trained = frame[~frame.policy.isin(["student before", "teacher"])]
+    trained = frame[~frame.policy.isin(["student before", "teacher"])].replace({"setting": {": .*": ""}}, regex=True)
     return trained.pivot_table(index="policy", columns="setting", values=column, aggfunc=spread, sort=False)
 
 
