@@ -75,7 +75,6 @@ class Config:
             least = 1 if name.endswith(("_size", "rollouts", "top_k", "_every", "_prompts")) else 0
             require(isinstance(value, (str, list)) or least <= value < math.inf, f"--{name} {value}: at least {least}")
         require(bool(self.teacher) == bool(self.student) >= bool(self.data), "--teacher needs --student, --data both")
-        require("\\n" not in self.hint_template, "--hint_template: for a new line instead of backslash-n: $'...\\n'")
         with explained(f"--answer_regex {self.answer_regex}"):
             require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
 
@@ -273,25 +272,16 @@ def advantage_gap(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> tor
     return (teacher_logp - student_logp).abs()
 
 
-def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The regime of every sampled token, -1 where mask is False; all are (B, T), or (N,). Both log-probs (nats) are of
-    the same tokens under the same hint: privileged teacher and privileged student. The thresholds are averages over
-    the tokens given, so give it the whole optimizer batch."""
-    regimes = torch.full(mask.shape, -1, device=mask.device)
-    if not mask.any():
-        return regimes
+def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
+    """The regime of every sampled token, (N,). Both log-probs (N,), in nats, are of the same tokens and under the same
+    hint. The thresholds are averages over the tokens given, so give it those of the whole batch."""
     teacher_logp, student_logp = teacher_logp.float(), student_logp.float()      # bfloat16 would be too coarse
     gap, q_teacher, q_student = advantage_gap(teacher_logp, student_logp), teacher_logp.exp(), student_logp.exp()
-    ascending = gap[mask].sort().values                                   # torch.quantile takes 16 million at most
-    typical = mask & (gap <= ascending[95 * (len(ascending) - 1) // 100])          # the top 5% stay out of averages
-    high = gap >= gap[typical].mean()
-    both = q_teacher + q_student
-    sure = both >= both[typical].mean()
-    regimes[mask & ~high & sure] = Regime.LH
-    regimes[mask & ~high & ~sure] = Regime.LL
-    regimes[mask & high & (q_teacher >= q_student)] = Regime.HT
-    regimes[mask & high & (q_teacher < q_student)] = Regime.HS
-    return regimes
+    both, ascending = q_teacher + q_student, gap.sort().values            # torch.quantile takes 16 million at most
+    typical = gap <= ascending[95 * (len(ascending) - 1) // 100]          # the top 5% stay out of the averages
+    low = torch.where(both >= both[typical].mean(), Regime.LH, Regime.LL)
+    high = torch.where(q_teacher >= q_student, Regime.HT, Regime.HS)
+    return torch.where(gap >= gap[typical].mean(), high, low)
 
 
 # -------------------------------------------------------------------------------------------- 5. recipes and loss
@@ -318,8 +308,7 @@ class Recipe(NamedTuple):
 
 def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
     """The paper's router."""
-    teacher, student = scores["privileged_teacher"].logp, scores["privileged_student"].logp
-    return route(teacher, student, torch.ones_like(teacher, dtype=torch.bool))
+    return route(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
 
 
 def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 0.0) -> Recipe:
@@ -400,7 +389,8 @@ def dopd_loss(student: torch.Tensor, privileged_teacher: torch.Tensor, privilege
 
 # -------------------------------------------------------------------------------------------------- 6. training step
 def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: list[dict], config: Config) -> dict:
-    """One optimizer step on these rows, in the paper's order: sample, score, route, learn. Returns its metrics."""
+    """One optimizer step on these rows, in the paper's order: sample, score, route, learn. Returns its metrics. Among
+    them are four rollouts: prompt, tokens, their regimes, and their probabilities under each policy in router_reads."""
     # 1. The student samples its own completions, without the hint.
     student, rows = policies["student"], [row for row in rows for _ in range(config.rollouts)]
     completions = rollout(student, rows, config.micro_batch)
@@ -427,7 +417,9 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
     require(math.isfinite(total + norm), f"loss {total}, gradient {norm}: not finite; try a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
-    shown = zip([row["prompt"] for row in rows], completions, map(torch.Tensor.tolist, regimes.split(lengths.tolist())))
+    of_tokens = [regimes, *(each.logp.exp().cpu().double().round(decimals=3) for each in scores.values())]
+    shown = zip([row["prompt"] for row in rows], completions,
+                *([part.tolist() for part in each.split(lengths.tolist())] for each in of_tokens))
     return {"loss": total, "entropy": torch.cat(entropies).mean().item(), "grad_norm": norm, "tokens": len(tokens),
             "regime_share": {row.regime.name: (regimes == row.regime).float().mean().item() for row in recipe.rows},
             "rollouts": [*shown][::config.rollouts][:4]}
@@ -506,7 +498,7 @@ def report(log: list[dict], tokenizer, folder: str) -> None:
         regimes = dict.fromkeys(line.regime for line in RECIPES[row["recipe"]].rows)
         terminal.print(f"\n{row['recipe']}, step {row['step']}: rollouts of the student, every token in its regime",
                        *(text.Text(f" {regime.name} ", f"black on {COLOURS[regime % 8]}") for regime in regimes))
-        for prompt, ids, of_ids in row["rollouts"]:
+        for prompt, ids, of_ids, *_ in row["rollouts"]:
             terminal.print(text.Text.assemble(prompt, *(
                 (tokenizer.decode([token]), f"black on {COLOURS[regime % 8]}" if regime in regimes else "")
                 for token, regime in zip(ids, of_ids))))
@@ -617,8 +609,14 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
     """Every recipe from the same student, then the report; from the start, or from a checkpoint. Returns the log."""
     task, rng = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task], random.Random(0)
     log, splits = (saved["log"], saved["splits"]) if saved else ([], {})
+    rows = (splits["train"] if saved else read_rows(config) if config.data else
+            [task.problem(rng) for _ in range(12_000)])
+    if config.data and "image" in rows[0]:
+        sys.modules["dopd"] = sys.modules[__name__]        # what vision.py imports, even where this runs as a script
+        with explained(f"--data {config.data}: an image needs tiny_tasks/vision.py beside dopd.py"):
+            from tiny_tasks import vision
+        task = vision.with_eyes(task, rows, config)
     if not saved:
-        rows = read_rows(config) if config.data else [task.problem(rng) for _ in range(12_000)]
         require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
         for row in rows:                   # by its prompt: no prompt is both trained on and tested
             draw = random.Random(row.get("split_by", row["prompt"])).random()
@@ -631,7 +629,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
         if not config.teacher:
             unseen = {row["prompt"] for row in splits["validation"] + splits["test"]}
             config.teacher, config.student = (warm_start(task, role, config, unseen) for role in ("teacher", "student"))
-    tokenizer, teacher, untrained = load(config, config.max_new_tokens or task.max_new_tokens)
+    tokenizer, teacher, untrained = getattr(task, "load", load)(config, config.max_new_tokens or task.max_new_tokens)
     if not saved:
         encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
         with explained(f"--out {config.out}: another run took it"), open(f"{config.out}/config.json", "x") as file:
@@ -677,7 +675,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
             test(name, student)
             student.save_pretrained(f"{config.out}/{name}")
             tokenizer.save_pretrained(f"{config.out}/{name}")
-    report(log, tokenizer, config.out)
+    getattr(task, "report", report)(log, tokenizer, config.out)
     return log
 
 

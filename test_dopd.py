@@ -2,7 +2,6 @@
 Formulas are compared with slow ones, written here anew from the definition. "Catches" names what turns a test red."""
 
 import copy
-import functools
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import dopd
 from dopd import Policy, Recipe, Regime, Row
+from tiny_tasks import vision
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +76,6 @@ def naive_loss(table, policies, completions, k):
     return total, regimes
 
 
-def log_probs(*shape):
-    return torch.randn(*shape, dtype=torch.float64).log_softmax(-1)
-
-
 def assert_same(loss, reference, student, rtol=1e-9):
     """Two functions of log-probs are equal, and so are their gradients by the logits; these are not zero."""
     results = []
@@ -97,7 +93,7 @@ def assert_same(loss, reference, student, rtol=1e-9):
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 def test_divergences_from_their_definition_and_of_trl(objective, alpha, k):
     """Catches swapped directions; the source's top-K in place of the student's; a top-K without the tail."""
-    student, source = log_probs(2, 10, 9)
+    student, source = torch.randn(2, 10, 9, dtype=torch.float64).log_softmax(-1)
 
     def ours(logp):
         return dopd.DIVERGENCES[objective](*dopd.top_k_with_tail(logp, source, k) if k else (logp, source))
@@ -132,7 +128,7 @@ def test_divergences_by_hand_and_tokens_that_are_ruled_out():
 
 def route(q_teacher, q_student):
     logp = torch.tensor([q_teacher, q_student], dtype=torch.float64).log()
-    return [Regime(regime).name for regime in dopd.route(*logp, torch.ones(len(q_teacher)).bool()).tolist()]
+    return [Regime(regime).name for regime in dopd.route(*logp).tolist()]
 
 
 def test_regimes_ties_and_outliers_by_hand():
@@ -151,26 +147,21 @@ def test_regimes_ties_and_outliers_by_hand():
 
 
 def test_route_token_by_token_and_very_many_at_once():
-    """Catches padding that has a say; averages in bfloat16, which are coarse; torch.quantile with its 16 million."""
+    """Catches averages in bfloat16, which are coarse, and torch.quantile with its 16 million."""
     for _ in range(5):
-        teacher, student = torch.log(torch.rand(2, 6, 9, dtype=torch.float64) * 0.98 + 0.01)
-        mask = torch.rand(6, 9) < 0.7
-        regimes = dopd.route(teacher, student, mask)
-        names = [Regime(regime).name for regime in regimes[mask].tolist()]
-        assert names == naive_route(teacher[mask].exp().tolist(), student[mask].exp().tolist())
-        assert {*names} == {*TABLE} and (regimes[~mask] == -1).all()
-        padded = (logp.masked_fill(~mask, math.nan) for logp in (teacher, student))
-        assert torch.equal(dopd.route(*padded, mask), regimes)
-    teacher, student, mask = *torch.log(torch.rand(2, 5000) + 0.01).bfloat16(), torch.ones(17_000_000, dtype=torch.bool)
-    wide = dopd.route(teacher.double(), student.double(), mask[:5000])
-    assert torch.equal(dopd.route(teacher, student, mask[:5000]), wide)
-    assert torch.bincount(dopd.route(*-torch.rand(2, 17_000_000), mask)).min() > 1e6
+        teacher, student = torch.log(torch.rand(2, 40, dtype=torch.float64) * 0.98 + 0.01)
+        names = [Regime(regime).name for regime in dopd.route(teacher, student).tolist()]
+        assert names == naive_route(teacher.exp().tolist(), student.exp().tolist()) and {*names} == {*TABLE}
+    teacher, student = torch.log(torch.rand(2, 5000) + 0.01).bfloat16()
+    assert torch.equal(dopd.route(teacher, student), dopd.route(teacher.double(), student.double()))
+    assert torch.bincount(dopd.route(*-torch.rand(2, 17_000_000))).min() > 1e6
 
 
 @pytest.mark.parametrize("light, weak, flags", [(0.6, 0.3, {}), (2.0, 0.1, {"beta_light": 2.0, "beta_weak": 0.1})])
 def test_dopd_loss(light, weak, flags):
     """Catches a mean over all tokens of the batch, or a sum, in place of the mean of each completion first."""
-    policies = {name: log_probs(4, 6, 7) for name in ("student", "privileged_teacher", "privileged_student")}
+    policies = dict(zip(("student", "privileged_teacher", "privileged_student"),
+                        torch.randn(3, 4, 6, 7, dtype=torch.float64).log_softmax(-1)))
     tokens, mask = torch.randint(7, (4, 6)), torch.arange(6) < torch.tensor([6, 1, 4, 5])[:, None]
     table = {regime: (*row[:3], {0.6: light, 0.3: weak}.get(row[3], row[3])) for regime, row in TABLE.items()}
     completions = [ids[kept].tolist() for ids, kept in zip(tokens, mask)]
@@ -359,7 +350,6 @@ def test_checks_grades_and_solutions_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
-pretrained = transformers.AutoModelForCausalLM.from_pretrained
 SUMS = [{"prompt": f"What is {i % 24} plus 4?", "answer": "4", "hint": f"count on from {i % 24}"} for i in range(48)]
 SMALL = "--batch_size 4 --rollouts 2 --test_prompts 99 --eval_every 2 --steps 4 --max_new_tokens 6"
 
@@ -392,7 +382,7 @@ def test_the_tiny_experiment_twice(monkeypatch):
     assert [line.split("|")[1] for line in report[2:]] == ["student before", "teacher", "vanilla", "dopd"]
     assert "recall" in report[0] and all(f" {name} " in Path("one/tokens.html").read_text() for name in TABLE)
     assert json.loads(Path("one/config.json").read_text())["steps"] == 4 and Path("one/curves.png").exists()
-    assert len(pretrained("one/dopd").model.layers) == RULES.student.layers
+    assert len(transformers.Qwen3ForCausalLM.from_pretrained("one/dopd").model.layers) == RULES.student.layers
 
 
 def test_a_real_looking_pair(pair, monkeypatch, capsys):
@@ -427,7 +417,7 @@ def test_a_real_looking_pair(pair, monkeypatch, capsys):
             texts = row["prompt"], f"{row['prompt']} (count on from {row['prompt'].split()[2]})"
             assert bpe().batch_decode([row["plain"], row["hinted"]]) == [*map(SAID.format, texts)]
     assert len(steps) == 16 and "What is 0 plus 4? (count on from 0)<|im_end|>" in capsys.readouterr().out
-    saved = pretrained("run/dopd")
+    saved = transformers.Qwen3ForCausalLM.from_pretrained("run/dopd")
     assert saved.config.vocab_size == 352 and saved.dtype == torch.float32        # the student's own shape
     page = Path("run/tokens.html").read_text().split("sides, step")[1]
     assert " LEFT " in page and " RIGHT " in page and " LH " not in page
@@ -526,14 +516,13 @@ FILES = {"text": ["hello"], "few": SUMS[:1] * 9, "null": [*SUMS[:2], SUMS[2] | {
 MODELS = {"cut": "Qwen3", "other": "Qwen3", "capped": "Gemma2", "dropout": "GPT2"}
 BAD = {                                              # flags: words of the line
     "--lr nan": "--lr", "--recipe dop": "--recipe dop dopd_frozen", "--step 1": "--step", "--hint all": "--hint steps",
-    "--data sums.jsonl": "--data --teacher", "--resume .": "--resume checkpoint",
+    "--data sums.jsonl": "--data --teacher", "--teacher x": "--student", "--resume .": "--resume checkpoint",
     "--resume . --steps 9": "--resume other flag", "PAIR --hint_template {prompt}": "--hint_template hint",
-    "PAIR --answer_regex (": "--answer_regex", "PAIR --out other": "--out other",
+    "PAIR --answer_regex (": "--answer_regex", "PAIR --out other": "--out other", "PAIR --recipe odd": "row topk",
     "PAIR --student cut": "--student cut up_proj", "PAIR --student other": "--teacher --student tokenizer",
     "PAIR --student capped": "capped: not supported", "PAIR --max_new_tokens 500": "What is 0 --max_new_tokens",
-    "PAIR --student dropout --gradient_checkpointing": "dropout: not supported",
-    "PAIR --data text.jsonl": "text.jsonl", "PAIR --data null.jsonl": "null.jsonl row 3 answer",
-    "PAIR --data few.jsonl": "few", "--teacher x": "--student", "--recipe odd": "row topk"}
+    "PAIR --student dropout --gradient_checkpointing": "dropout: not supported", "PAIR --data few.jsonl": "few",
+    "PAIR --data text.jsonl": "text.jsonl", "PAIR --data null.jsonl": "null.jsonl row 3 answer"}
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -566,8 +555,7 @@ RARE = dopd.dopd()._replace(router=lambda scores: torch.where(                  
 def check_trl(monkeypatch, size, accumulation, name, *flags):
     """Runs tiny_tasks/trl_dopd.py, and checks every step with dopd.distill_step on the same completions."""
     assert pytest.importorskip("trl", "1.16.0") and ("--use_peft" not in flags or pytest.importorskip("peft"))
-    monkeypatch.syspath_prepend(Path(dopd.__file__).parent / "tiny_tasks")
-    import trl_dopd
+    from tiny_tasks import trl_dopd
     data = [{"prompt": f"What is {i}? " * (1 + i % 3), "answer": "7", "hint": f"Count {i * i}."} for i in range(8)]
     write_rows("rows.jsonl", data)
     said = [[SAID.format(row["prompt"]), SAID.format(f"{row['prompt']}\n\nHint: {row['hint']}")] for row in data]
@@ -643,40 +631,48 @@ tests.check_trl(pytest.MonkeyPatch(), 2, 2, "dopd")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-@pytest.fixture
-def vision(monkeypatch):
-    """tiny_tasks/vision.py; what its main changes in dopd comes back. Without videos, which would need torchvision."""
-    for name in ("load", "read_rows", "report", "TASKS"):
-        monkeypatch.setattr(dopd, name, copy.copy(getattr(dopd, name)))
-    monkeypatch.setattr(transformers.Qwen3VLProcessor, "get_attributes", lambda *_: ["image_processor", "tokenizer"])
-    monkeypatch.syspath_prepend(Path(dopd.__file__).parent / "tiny_tasks")
-    return __import__("vision")
-
-
-def test_a_real_model_sees_the_picture_of_its_row(vision, capsys):
-    """Catches the picture of another row, or without the box; positions of text; a processor that is not saved."""
+def eyes(family):
+    """A tiny vision-language model and its processor. <see> is token 300."""
     words = bpe("<see>{{ messages[0].content[1].text or 'answer' }}", extra_special_tokens={"image_token": "<see>"})
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
-    model = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(image_token_id=300,
-        text_config=tiny().config.to_dict() | {"model_type": "qwen3_vl_text", "rope_parameters": rope},
-        vision_config={"hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
-                       "deepstack_visual_indexes": [0], "initializer_range": 0.4}, video_token_id=301))
-    lens = transformers.Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=4096)
-    save("eyes", model, transformers.Qwen3VLProcessor(lens, words, chat_template=words.chat_template))
+    sight, text = {"hidden_size": 32, "patch_size": 4, "initializer_range": 0.4}, tiny().config.to_dict()
+    if family == "Llava":
+        sight |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
+        lens = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        processor = transformers.LlavaProcessor(lens, words, 4, "default", words.chat_template, "<see>", 1)
+    else:
+        sight |= {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+        text |= {"model_type": "qwen3_vl_text", "rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+        lens = transformers.Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=4096)
+        processor = transformers.Qwen3VLProcessor(lens, words, chat_template=words.chat_template)
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=sight, image_token_id=300)
+    config.video_token_id = 299            # as if it were one
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config), processor
+
+
+@pytest.mark.parametrize("family", ["Qwen3VL", "Llava"])
+def test_a_real_model_sees_the_picture_of_its_row(family, monkeypatch, capsys):
+    """Catches the picture of another row, or without the box; positions of text; a processor that is not saved."""
+    monkeypatch.setattr(transformers.Qwen3VLProcessor, "get_attributes", lambda *_: ["image_processor", "tokenizer"])
+    save("eyes", *eyes(family))            # without videos, which would need torchvision
     for i in range(48):
         Image.new("RGB", (16 + 8 * (i % 5), 24), (5 * i, 0, 99)).save(f"{i}.png")
     rows = [{"prompt": "three", "answer": "4", "hint": "", "image": f"{i}.png", "hinted_image": f"{24 + i}.png"}
             for i in range(24)]
-    for change in ({"image": None}, {"image": "gone.png"}, {"hinted_image": "gone.png"}, {}):
+    flags = f"{SMALL} --teacher eyes --student eyes --data rows.jsonl --recipe dopd --out run".split()
+    for change in ({"image": None}, {"image": "gone.png"}, {"hinted_image": "gone.png"}):
         write_rows("rows.jsonl", [*rows[:23], rows[23] | change])
         with pytest.raises(SystemExit):
-            vision.main(f"{SMALL} --teacher eyes --student eyes --data rows.jsonl --recipe dopd --out run".split())
-            raise SystemExit                                                      # where nothing is wrong
-        assert capsys.readouterr().err.count(" picture: ") == len(change)
+            dopd.main(flags)
+        assert capsys.readouterr().err.count(" picture: ") == 1
+    write_rows("rows.jsonl", rows)
+    if family == "Llava":                  # as a script, which is not called "dopd"
+        subprocess.run([sys.executable, dopd.__file__, *flags], check=True, timeout=120)
+    else:
+        dopd.main(flags)
     rows = torch.load("run/checkpoint.pt", weights_only=True)["splits"]["train"]
     see = transformers.AutoProcessor.from_pretrained("run/dopd")
     student = vision.load(dopd.Config(data="rows.jsonl", teacher="eyes", student="eyes"), 3)[2]
-    assert {300, 301} <= {*student.generation_config.suppress_tokens}
+    assert {299, 300} <= {*student.generation_config.suppress_tokens}
     for key, image in (("plain", "image"), ("hinted", "hinted_image")):
         inputs = [see(text="<see>three", images=Image.open(row[image]["path"]), return_tensors="pt") for row in rows]
         outs = [student.generate(**one, output_logits=True, return_dict_in_generate=True) for one in inputs]
@@ -687,10 +683,10 @@ def test_a_real_model_sees_the_picture_of_its_row(vision, capsys):
         assert min((one[0] - logp[0][0]).abs().max() for one in logp[1:]) > 1e-3  # other pictures, other scores
 
 
-def test_the_tiny_task_with_pictures(vision, monkeypatch):
+def test_the_tiny_task_with_pictures(monkeypatch):
     """The student sees noisy glyphs, always with the same noise, and reads no names. The box shows digits."""
-    monkeypatch.setattr(dopd, "warm_start", functools.partial(dopd.warm_start, steps=3))
-    vision.main(f"{SMALL} --hint box --recipe dopd --steps 2 --out run".split())
+    monkeypatch.setattr(dopd.warm_start, "__defaults__", (3,))                    # steps
+    dopd.main(f"{SMALL} --task vision --hint box --recipe dopd --steps 2 --out run".split())
     saved, drawn = torch.load("run/checkpoint.pt", weights_only=True), Path("run/pictures.png").exists()
     rows, (tokenizer, *models) = saved["splits"]["test"], vision.load(dopd.Config(**saved["config"]), 7)
     for key, noise, more in (("plain", 0.3, {}), ("hinted", 0.0, {}), ("plain", 0.0, {"form": "box"})):    # warm start

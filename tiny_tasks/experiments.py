@@ -9,6 +9,7 @@ finished run is not repeated: delete its folder after changing the code. To add 
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -25,18 +26,18 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")                           # before torch comes in
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import datasets  # noqa: E402
 import joblib  # noqa: E402
 import pandas  # noqa: E402
 import seaborn  # noqa: E402
 import torch  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
+import trl  # noqa: E402
 from scipy import stats  # noqa: E402
 
 import dopd  # noqa: E402
 import recipes  # noqa: E402
-import vision  # noqa: E402
+import vision  # noqa: E402, F401  (adds its task)
 
-dopd.TASKS["vision"] = vision.Vision(*dopd.TASKS["rules"])
 BEFORE = dict(vars(dopd))                                               # as it is before a run changes it
 TOKENS = ["<eos>", *dopd.Rules.CHARACTERS]
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,7 @@ PAIRED = {f"{start}{''.join(names)}=" for start in range(10) for names in iterto
 
 class Dials(dopd.Rules):
     """`rules` with more forms of the hint, and dials: more wild names, wrong hints, a teacher that ignores its hint,
-    and pairs that only the test has."""
+    and pairs of neighbouring names that only the test has."""
     dials = {}
 
     def problem(self, rng):
@@ -102,9 +103,7 @@ dopd.RECIPES |= OTHERS
 
 METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]
 OURS = [*METHODS, "half", "where_unsure"]
-MAIN = ["vanilla", "privileged_teacher", "privileged_student", "dopd", "dopd_98", "dopd_99", "dopd_995", "dopd_frozen",
-        "eopd", "tip", "demopsd", "half_25", "half", "half_75", "where_unsure", "dopd_half", "dopd_half_frozen",
-        "by chance"]
+MAIN = [*list(dopd.RECIPES)[:list(dopd.RECIPES).index("HT")], "by chance"]
 PARTS = [name for name in dopd.RECIPES if "HT" in name and name != "LH+LL+HT+HS"] + [
     "forward_kl top_k", "forward_kl full", "reverse_kl top_k", "js top_k", "js full",
     "without teacher", "one objective", "one support", "without hint"]
@@ -157,33 +156,16 @@ def sampled(rows, completions):
 
 def judge(rows, completions):
     """GRPO's advantage, in place of log-probs: right or not, less the mean of the prompt's four, by their deviation."""
-    texts = ["".join(TOKENS[i] for i in ids) for ids in completions]
-    right = torch.tensor([float(text.endswith("<eos>") and bool(dopd.TASKS["rules"].check(row, text[:-5])))
-                          for row, text in zip(rows, texts)]).view(-1, 4)
+    right = torch.tensor([bool(ids[-1] == 0 and dopd.TASKS["rules"].check(row, "".join(TOKENS[i] for i in ids[:-1])))
+                          for row, ids in zip(rows, completions)]).float().view(-1, 4)
     advantage = (right - right.mean(1, keepdim=True)) / (right.std(1, keepdim=True) + 1e-4)
     each = advantage.flatten().repeat_interleave(torch.tensor([len(ids) for ids in completions]))
     return lambda index: each[index, None].expand(-1, len(TOKENS))
 
 
-def first_tokens(regimes, scores: dict, completions: list[list[int]]) -> dict:
-    """What DOPD's router sees of the first tokens, of completions that skip the working and of others."""
-    lengths = torch.tensor([len(ids) for ids in completions])
-    first, skips = lengths.cumsum(0) - lengths, torch.tensor([TOKENS[ids[0]] == "=" for ids in completions])
-    found = {"share of skips": skips.float().mean().item()}
-    for kind, chosen in (("skip", skips), ("work", ~skips)):
-        if chosen.any():
-            found |= {f"{kind} q_{who}": scores[name].logp[first[chosen]].exp().mean().item()
-                      for who, name in (("T", "privileged_teacher"), ("S", "privileged_student"))}
-            found |= {f"{kind} {regime.name}": (regimes[first[chosen]] == regime).float().mean().item()
-                      for regime in list(dopd.Regime)[:4]}
-    return found
-
-
 def run(name: str, label: str, seed: int) -> None:
-    """One run, unless it is there. Its log.txt has what it prints; first.json, what the router sees of first tokens."""
+    """One run. Its log.txt has what it prints."""
     experiment, folder = EXPERIMENTS[name], folder_of(name, label, seed)
-    if Path(folder, "job.json").exists():
-        return
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     flags = {"task": "shortcut", "recipe": experiment.recipes} | experiment.settings[label]
     task, dials, reads = dopd.TASKS[flags["task"]], flags.pop("dials", None), flags.pop("student_reads", "plain")
@@ -195,14 +177,7 @@ def run(name: str, label: str, seed: int) -> None:
         flags["student"] = flags["student"].format(seed=seed)
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
-    seen, drawn, begun = [], None, time.time()
-
-    def assign(recipe, scores, lengths):
-        regimes, weights = BEFORE["assign"](recipe, scores, lengths)
-        if recipe.router == recipes.by_advantage_gap:
-            known = next(key for key, value in dopd.RECIPES.items() if value is recipe)
-            seen.append({"recipe": known} | first_tokens(regimes, scores, drawn))
-        return regimes, weights
+    begun = time.time()
 
     def score(policy, rows, completions, micro_batch=0):
         if policy.model in (sampled, judge):
@@ -218,25 +193,17 @@ def run(name: str, label: str, seed: int) -> None:
         more = {"student": policies["student"]._replace(reads=reads), "judge": dopd.Policy(judge, ""),
                 "misled_teacher": policies["teacher"]._replace(reads="misled"), "sampled": dopd.Policy(sampled, "")}
 
-        def rollout(policy, prompts, micro_batch):
-            nonlocal drawn
-            solutions = recipe is dopd.RECIPES["sft"]
-            drawn = [[*map(TOKENS.index, row["answer"]), 0] for row in prompts] if solutions else BEFORE["rollout"](
-                policy, prompts, micro_batch)
-            return drawn
-        with mock.patch.object(dopd, "rollout", rollout):               # not that of evaluations
+        def solutions(policy, prompts, micro_batch):
+            return [[*map(TOKENS.index, row["answer"]), 0] for row in prompts]
+        with mock.patch.object(dopd, "rollout", solutions if recipe is dopd.RECIPES["sft"] else dopd.rollout):
             return BEFORE["distill_step"](recipe, policies | more, optimizer, rows, config)
 
-    changed = {"assign": assign, "score": score, "distill_step": step, "warm_start": warm_start, "TASKS": tasks}
-    if flags["task"] == "vision":
-        changed["load"] = vision.load
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), \
-            mock.patch.multiple(dopd, **changed):
+            mock.patch.multiple(dopd, score=score, distill_step=step, warm_start=warm_start, TASKS=tasks):
         try:
             dopd.run(dopd.Config(**flags, seed=seed, out=str(folder)))
         except SystemExit:                 # it would end the worker without a word
             raise RuntimeError(f"the last line of {folder}/log.txt says why") from None
-    Path(folder, "first.json").write_text(json.dumps(seen))
     Path(folder, "checkpoint.pt").unlink(missing_ok=True)
     Path(folder, "job.json").write_text(json.dumps({"seconds": round(time.time() - begun), "commit": commit}))
 
@@ -251,18 +218,19 @@ def folders(name: str) -> list[tuple]:
     return [(label, seed, folder_of(name, label, seed)) for seed in experiment.seeds for label in experiment.settings]
 
 
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+def logs(name: str):
+    """Every row of every metrics.jsonl, with its setting and seed."""
+    for label, seed, folder in folders(name):
+        for line in Path(folder, "metrics.jsonl").read_text().splitlines():
+            yield label, seed, json.loads(line)
 
 
 def collect(name: str) -> pandas.DataFrame:
     """One line per run and policy: setting, seed, the final test, seconds and commit."""
-    lines = []
-    for label, seed, folder in folders(name):
-        job = json.loads(Path(folder, "job.json").read_text())
-        lines += [{"setting": label, "seed": seed, "policy": row["recipe"], **row["test"], **job}
-                  for row in read_log(folder) if "test" in row]
-    return pandas.DataFrame(lines)
+    return pandas.DataFrame([
+        {"setting": label, "seed": seed, "policy": row["recipe"], **row["test"],
+         **json.loads(Path(folder_of(name, label, seed), "job.json").read_text())}
+        for label, seed, row in logs(name) if "test" in row])
 
 
 # ----------------------------------------------------------------------------------------------- 3. where tokens land
@@ -270,8 +238,8 @@ def audit(name: str) -> pandas.DataFrame:
     """How many tokens of every kind went to which regime, over the rollouts that metrics.jsonl keeps."""
     return pandas.DataFrame([
         {"setting": label, "policy": row["recipe"], "kind": kind, "regime": dopd.Regime(regime).name}
-        for label, _, folder in folders(name) for row in read_log(folder) if row["recipe"] in ("dopd", "dopd_frozen")
-        for prompt, ids, regimes in row.get("rollouts", []) for kind, regime in zip(kinds_of(prompt, ids), regimes)
+        for label, _, row in logs(name) if row["recipe"] in ("dopd", "dopd_frozen")
+        for prompt, ids, regimes, *_ in row.get("rollouts", []) for kind, regime in zip(kinds_of(prompt, ids), regimes)
     ]).value_counts(sort=False).rename("tokens").reset_index()
 
 
@@ -285,12 +253,14 @@ def kinds_of(prompt: str, ids: list[int]) -> list[str]:
     return kinds
 
 
-def anchor(name: str) -> pandas.DataFrame:
-    """What the router sees of the first tokens, every tenth step."""
-    frames = [pandas.read_json(folder / "first.json").assign(seed=seed) for _, seed, folder in folders(name)]
-    frame = pandas.concat(frames)
-    frame["step"] = frame.groupby(["seed", "recipe"]).cumcount() + 1
-    return frame[frame.step % 10 == 1]
+def first_tokens(name: str) -> pandas.DataFrame:
+    """Of the first tokens: how sure the two privileged policies are, and the shares of the regimes, per 20 steps."""
+    frame = pandas.DataFrame([
+        {"recipe": row["recipe"], "seed": seed, "step": (row["step"] - 1) // 20 * 20 + 10,
+         "first token": "skips" if TOKENS[ids[0]] == "=" else "works", "teacher": teacher[0], "student": student[0],
+         "share": dopd.Regime(regimes[0]).name}
+        for _, seed, row in logs(name) for _, ids, regimes, teacher, student in row.get("rollouts", [])])
+    return pandas.get_dummies(frame, columns=["share"]).groupby([*frame.columns[:4]], as_index=False).mean()
 
 
 def curves(name: str) -> pandas.DataFrame:
@@ -298,12 +268,38 @@ def curves(name: str) -> pandas.DataFrame:
     return pandas.DataFrame([
         {"setting": label, "seed": seed, "policy": row["recipe"] + ", hinted student" * (name == "long_hinted"),
          "step": row["step"], "entropy": row["entropy"], "exact match": row.get("validation", {}).get("exact match")}
-        for label, seed, folder in folders(name) for row in read_log(folder) if row.get("step", 1) % 20 == 0])
+        for label, seed, row in logs(name) if row.get("step", 1) % 20 == 0])
+
+
+def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
+    """Seconds of a step of `shortcut`: all methods in turn in one process, and TRL's trainer with the same policies and
+    prompts, without the hint. Needs the policies of main, and nothing else running."""
+    here, task, rng = folder_of("main", "shortcut", 0), dopd.TASKS["shortcut"], random.Random(0)
+    config, lines = dopd.Config(teacher=str(here / "teacher"), student=str(here / "student")), []
+    tokenizer, teacher, student = dopd.load(config, task.max_new_tokens)
+    dopd.encode(rows := [task.problem(rng) for _ in range(32 * steps)], tokenizer, student, task.hint_template, "steps")
+    prompts = datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows for _ in range(4)])
+    flags = trl.DistillationConfig(str(here / "trl"), max_steps=steps, per_device_train_batch_size=128, bf16=False,
+                                   max_completion_length=7, save_strategy="no", disable_tqdm=True)
+    for name in [*OURS, "vanilla in TRL"] * rounds:
+        learner = copy.deepcopy(student)
+        adamw, anchor = torch.optim.AdamW(learner.parameters(), 2e-4), learner if name == "dopd" else student
+        policies = {"student": dopd.Policy(learner, "plain"), "privileged_student": dopd.Policy(anchor, "hinted"),
+                    "teacher": dopd.Policy(teacher, "plain"), "privileged_teacher": dopd.Policy(teacher, "hinted")}
+        trainer = trl.DistillationTrainer(learner, teacher, flags, prompts, processing_class=tokenizer)
+        begun = time.time()
+        if name in dopd.RECIPES:
+            for i in range(0, len(rows), 32):
+                dopd.distill_step(dopd.RECIPES[name], policies, adamw, rows[i:i + 32], config)
+        else:
+            trainer.train()
+        lines.append({"policy": name, "seconds of a step": (time.time() - begun) / steps})
+    return pandas.DataFrame(lines)
 
 
 # name of the CSV file: function, and the experiments whose runs it reads
-EXTRAS = {"audit": (audit, ["main", "rules"]), "first_tokens": (anchor, ["anchor"]),
-          "curves": (curves, ["long", "long_hinted"])}
+EXTRAS = {"audit": (audit, ["main", "rules"]), "first_tokens": (first_tokens, ["anchor"]),
+          "curves": (curves, ["long", "long_hinted"]), "cost": (cost, ["cost"])}
 
 
 # ------------------------------------------------------------------------------------------------ 4. tables and figures
@@ -365,12 +361,10 @@ CLAIMS = [
     ("weights 0.6 and 0.3 beat 1 and 1", "figure 10", "dopd", "light 1.0, weak 1.0"),
     ("DOPD beats its own regimes dealt by chance", "-", "dopd", "by chance"),
     ("a frozen anchor beats the live one", "-", "dopd_frozen", "dopd"),
-    ("a slow anchor (0.99) beats the live one", "-", "dopd_99", "dopd"),
     ("half (AR-OPD, our reading) beats DOPD", "-", "half", "dopd"),
     ("where_unsure (ours) beats DOPD", "-", "where_unsure", "dopd"),
     ("where_unsure (ours) beats the privileged teacher", "-", "where_unsure", "privileged_teacher"),
     ("DOPD beats supervised learning on right solutions", "-", "dopd", "sft"),
-    ("DOPD beats GRPO on the checker", "-", "dopd", "grpo"),
 ]
 
 
@@ -390,40 +384,20 @@ def verdicts(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
     return found.set_index("claim")
 
 
-def draw_map(frames: dict[str, pandas.DataFrame], file: Path) -> None:
+def draw_map(frame: pandas.DataFrame, file: Path) -> None:
     """Exact match of every method, by how often the teacher and the student skip the working."""
-    frame = frames["map"]
-    frame[["teacher skips, with the hint", "student skips"]] = frame.setting.str.split(" ", expand=True)
-    figure, axes = pyplot.subplots(1, len(METHODS), figsize=(3 * len(METHODS), 3.4), sharey=True, layout="constrained")
-    for axis, method in zip(axes, METHODS):
-        means = frame[frame.policy == method].pivot_table(
-            index="student skips", columns="teacher skips, with the hint", values="exact match")
-        seaborn.heatmap(means, ax=axis, vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis",
-                        cbar=method == METHODS[-1])
-        axis.set(title=method, ylabel="student skips" if axis is axes[0] else "")
-    figure.savefig(file, dpi=100)
+    x, y = "teacher skips, with the hint", "student skips"
+    frame[[x, y]] = frame.setting.str.split(" ", expand=True)
+    grid = seaborn.FacetGrid(frame, col="policy", col_order=OURS, col_wrap=3, height=3)
+    grid.map_dataframe(lambda data, **_: seaborn.heatmap(
+        data.pivot_table("exact match", y, x), vmin=0, vmax=1, annot=True, fmt=".2f", cmap="viridis", cbar=False))
+    grid.set_titles("{col_name}").set_axis_labels(x, y).savefig(file, dpi=100)
 
 
-def draw_anchor(frames: dict[str, pandas.DataFrame], file: Path) -> None:
-    """The first tokens on `shortcut`: how sure the two privileged policies are of them, live and frozen anchor."""
-    frame = frames["first_tokens"]
-    known = frame.melt(["recipe", "seed", "step"], [f"{kind} q_{who}" for kind in ("skip", "work") for who in "TS"])
-    known[["first token", "policy"]] = known.variable.str.split(" ", expand=True)
-    known = known.replace({"q_T": "privileged teacher", "q_S": "privileged student", "skip": "skips", "work": "works"})
-    grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="recipe", row="first token", kind="line",
-                           errorbar=("pi", 100), height=2.8, aspect=1.5)
-    grid.set(ylabel="probability of the first token", ylim=(0, 1))
-    grid.savefig(file, dpi=100)
-
-
-def draw_long(frames: dict[str, pandas.DataFrame], file: Path) -> None:
-    """Figure 3 of the paper."""
-    known = frames["curves"].melt(["setting", "seed", "policy", "step"], ["exact match", "entropy"]).dropna()
-    grid = seaborn.relplot(known, x="step", y="value", hue="policy", col="setting", row="variable", kind="line",
-                           errorbar=("pi", 100), height=2.8, aspect=1.6, facet_kws={"sharey": "row"})
-    grid.set_titles("{col_name}: {row_name}")
-    grid.set(ylabel="exact match, or nats")
-    grid.savefig(file, dpi=100)
+def draw_lines(frame: pandas.DataFrame, file: Path, label: str, **axes) -> None:
+    """A panel for every col and row. A band goes from the lowest to the highest seed."""
+    grid = seaborn.relplot(frame, x="step", y="value", kind="line", errorbar=("pi", 100), height=3, aspect=1.5, **axes)
+    grid.set_titles("{col_name}: {row_name}").set(ylabel=label).savefig(file, dpi=100)
 
 
 def markdown(frame: pandas.DataFrame) -> str:
@@ -442,6 +416,7 @@ def draw() -> None:
     for name, frame in {
             "verdicts": verdicts(runs), "methods": everything, "audit": landed(frames["audit"]),
             "summary": everything.loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
+            "cost": frames["cost"].groupby("policy", sort=False).agg(spread),
             "vision, entropy": grid(runs["vision"], "entropy, wild (best 1.28)")}.items():
         tables[name] = markdown(frame)
     for file in (ROOT / "README.md", RESULTS / "README.md"):            # marks of what has not run stay as they are
@@ -449,22 +424,25 @@ def draw() -> None:
             r"(<!-- ([^/].*?) -->\n)(.*?)(<!-- /\2 -->)", lambda found: found[1] + (
                 f"\n{tables[found[2]]}\n" if found[2] in tables else found[3]) + found[4],
             file.read_text(), flags=re.DOTALL))
-    for name, function in (("map", draw_map), ("anchor", draw_anchor), ("long", draw_long)):
-        function(frames, RESULTS / f"{name}.png")
-        pyplot.close("all")
+    draw_map(frames["map"], RESULTS / "map.png")
+    first = frames["first_tokens"].melt(["recipe", "first token", "seed", "step"], ["teacher", "student"], "privileged")
+    draw_lines(first, RESULTS / "anchor.png", "probability", hue="privileged", col="recipe", row="first token")
+    curves = frames["curves"].melt(["setting", "seed", "policy", "step"], ["exact match", "entropy"]).dropna()
+    draw_lines(curves, RESULTS / "long.png", "exact match, or nats", hue="policy", col="setting", row="variable",
+               facet_kws={"sharey": "row"})
 
 
 def main(names: list[str]) -> None:
-    names = list(EXPERIMENTS) if names == ["all"] else [name for name in names if name != "--draw"]
-    unknown = [name for name in names if name not in EXPERIMENTS]
-    dopd.require(not unknown, f"{' '.join(unknown)}: name one or more of {', '.join(EXPERIMENTS)}")
-    jobs = [joblib.delayed(run)(name, label, seed) for name in names for label, seed, _ in folders(name)]
+    known = [*EXPERIMENTS, "cost"]
+    names = known if names == ["all"] else [name for name in names if name != "--draw"]
+    dopd.require({*names} <= {*known}, f"{' '.join(names)}: name one or more of {', '.join(known)}")
+    jobs = [joblib.delayed(run)(name, label, seed) for name in EXPERIMENTS if name in names
+            for label, seed, folder in folders(name) if not Path(folder, "job.json").exists()]
     joblib.Parallel(n_jobs=2, backend="multiprocessing", batch_size=1)(jobs)      # forked: they know all recipes
-    for name in names:
-        collect(name).round(4).to_csv(RESULTS / f"{name}.csv", index=False)
-    for extra, (function, needs) in EXTRAS.items():
+    tables = {name: (collect, [name]) for name in EXPERIMENTS} | EXTRAS
+    for file, (function, needs) in tables.items():
         if {*needs} <= {*names}:
-            pandas.concat([function(name) for name in needs]).round(3).to_csv(RESULTS / f"{extra}.csv", index=False)
+            pandas.concat([function(name) for name in needs]).round(4).to_csv(RESULTS / f"{file}.csv", index=False)
     draw()
 
 

@@ -10,7 +10,6 @@ TRL's flags hold, but for --beta. --use_peft is LoRA; --resume_from_checkpoint F
 import copy
 import random
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +70,7 @@ class DOPDTrainer(trl.DistillationTrainer):
             logp = dopd.score(self.policies[name], rows, completions, self.args.per_device_train_batch_size)
             tokens = torch.tensor(sum(completions, []), device=self.accelerator.device)
             return logp, [*map(torch.Tensor.cpu, dopd.token_scores(logp, tokens))] if name in reads else []
-        with torch.no_grad(), self.compute_loss_context_manager(), model.disable_adapter() if base else nullcontext():
+        with self.compute_loss_context_manager(), torch.no_grad(), model.disable_adapter() if base else torch.no_grad():
             return self._forward_redirection(wrapped, model, read, name)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
@@ -114,6 +113,7 @@ def main() -> None:
     config.chat_template_kwargs = {"enable_thinking": False} | (config.chat_template_kwargs or {})
     tokenizer = AutoTokenizer.from_pretrained(student.model_name_or_path, revision=student.model_revision)
     rows = broadcast_object_list([dopd.read_rows(config) if config.process_index == 0 else None])[0]
+    dopd.require("image" not in rows[0], f"--data {config.data}: has pictures, which only dopd.py takes")
     texts = [(row["prompt"], dopd.with_hint(row, config.hint, config.hint_template)) for row in
              random.Random(config.seed).sample(rows, len(rows)) for _ in range(config.rollouts)]
     turn = (lambda text: [{"role": "user", "content": text}]) if tokenizer.chat_template else str

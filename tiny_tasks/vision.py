@@ -1,11 +1,12 @@
-"""Pictures: a task for tiny policies that see, and rows with pictures for real ones. The flags are those of dopd.py.
+"""Pictures: a task for tiny policies that see, and rows with an "image" for real models. With all flags of dopd.py.
 
     python tiny_tasks/vision.py                        # the CPU experiment; --hint box: the hint is in the picture
-    python tiny_tasks/vision.py --teacher Qwen/Qwen3-VL-8B-Instruct --student Qwen/Qwen3-VL-2B-Instruct --data my.jsonl
+    python dopd.py --teacher Qwen/Qwen3-VL-8B-Instruct --student Qwen/Qwen3-VL-2B-Instruct --data my.jsonl
 
-Rows have an "image", too: a path, seen from the folder of my.jsonl, or what else datasets.Image reads. The privileged
-policies see "hinted_image" in its place, where there is one: the same picture with a box drawn in, say. The "hint" may
-then be "". No placeholder stands in the prompt. Real models need pillow, and most of them torchvision.
+An "image" is a path, seen from the folder of my.jsonl, or what else datasets.Image reads: then dopd.py comes here by
+itself. The privileged policies see "hinted_image" in its place, where there is one: the same picture with a box drawn
+in, say. The "hint" may then be "". No placeholder stands in the prompt. Real models need pillow, and most of them
+torchvision.
 """
 
 import sys
@@ -52,40 +53,9 @@ def looking(see, hint: str = "none", placeholder: int | None = None):
     return look
 
 
-class Vision(dopd.Rules):
-    """`rules` with pictures: of the prompt `7fbk=` the model reads `7###=` and sees three noisy tiles. A stable name is
-    a glyph. A wild name is a cover: nobody sees what is under it. The hint `box` shows the digits in their place."""
-    CHARACTERS = "0123456789=|#"
-    look = staticmethod(looking(draw))
-
-    def problem(self, rng) -> dict:
-        row = super().problem(rng)
-        return row | {"hints": row["hints"] | {"box": ""}}
-
-    def policy(self, characters: str, layers: int) -> tuple:
-        """A one-layer CLIP makes one token of a tile, before the tiny Qwen3."""
-        tokenizer, text = dopd.tiny_policy(characters, layers)
-        tokenizer.backend_tokenizer.model.unk_token = "#"               # what a name becomes: no other is unknown
-        return tokenizer, transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-            text_config=text.config, image_token_id=tokenizer.convert_tokens_to_ids("#"), tie_word_embeddings=True,
-            vision_feature_layer=-1, vision_config={"hidden_size": 64, "intermediate_size": 128, "num_channels": 1,
-                "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 8}))
-
-
-def read_rows(config, read=dopd.read_rows) -> list[dict]:
-    """The rows of --data. Their pictures are {"path", "bytes"}: plain data, which a checkpoint can hold."""
-    rows, folder = read(config), Path(config.data).absolute().parent
-    for number, row in enumerate(rows, 1):
-        with dopd.explained(f"--data {config.data}, row {number}: no picture"):
-            row |= {name: {"path": str(folder / row[name]), "bytes": None} for name in ("image", "hinted_image")
-                    if isinstance(row.get(name), str)}
-            row["split_by"] = zlib.crc32(picture(row, "none").tobytes())          # not both trained and tested on
-    return rows
-
-
-def load(config, max_new_tokens: int, load=dopd.load) -> tuple:
+def load(config, max_new_tokens: int) -> tuple:
     """Gives eyes to the models. None may write a placeholder, which would have no picture."""
-    tokenizer, *models = load(config, max_new_tokens, transformers.AutoModelForImageTextToText)
+    tokenizer, *models = dopd.load(config, max_new_tokens, transformers.AutoModelForImageTextToText)
     if config.data:
         with dopd.explained(f"--student {config.student}"):
             processor = transformers.AutoProcessor.from_pretrained(config.student)
@@ -107,24 +77,54 @@ def load(config, max_new_tokens: int, load=dopd.load) -> tuple:
     return tokenizer, *models
 
 
-def report(log, tokenizer, folder, report=dopd.report) -> None:
+def report(log, tokenizer, folder) -> None:
     """pictures.png: what the student of the tiny task saw in the rollouts that dopd.report prints."""
-    report(log, tokenizer, folder)
+    dopd.report(log, tokenizer, folder)
     shown = [(row, *rollout) for row in log if "validation" in row and dopd.RECIPES[row["recipe"]].router
-             for rollout in row["rollouts"] if not hasattr(tokenizer, "read")]
+             for rollout in row["rollouts"]]
     figure = pyplot.figure(figsize=(12, len(shown) // 2 + 1), layout="constrained")
-    for place, (row, prompt, ids, _) in enumerate(shown, 1):
+    for place, (row, prompt, ids, *_) in enumerate(shown, 1):
         title = f"{row['recipe']} {row['step']}: {prompt[0]}###={tokenizer.decode(ids)}"
         axis = figure.add_subplot(len(shown) // 4, 4, place, title=title, xticks=[], yticks=[])
-        axis.imshow(torch.cat([*draw({"prompt": prompt}, "none")["pixel_values"][:, 0]], 1), "gray")
+        axis.imshow(torch.cat([*draw({"prompt": prompt}, "none")["pixel_values"][:, 0]], 1).numpy(), "gray")
     figure.savefig(f"{folder}/pictures.png", dpi=80)
 
 
-def main(argv: list[str]) -> None:
-    dopd.TASKS["vision"] = Vision(*dopd.TASKS["rules"])
-    dopd.load, dopd.read_rows, dopd.report = load, read_rows, report
-    dopd.main(argv if "--resume" in argv else ["--task", "vision", *argv])
+class Vision(dopd.Rules):
+    """`rules` with pictures: of the prompt `7fbk=` the model reads `7###=` and sees three noisy tiles. A stable name is
+    a glyph. A wild name is a cover: nobody sees what is under it. The hint `box` shows the digits in their place."""
+    CHARACTERS = "0123456789=|#"
+    look, load, report = staticmethod(looking(draw)), staticmethod(load), staticmethod(report)
+
+    def problem(self, rng) -> dict:
+        row = super().problem(rng)
+        return row | {"hints": row["hints"] | {"box": ""}}
+
+    def policy(self, characters: str, layers: int) -> tuple:
+        """A one-layer CLIP makes one token of a tile, before the tiny Qwen3."""
+        tokenizer, text = dopd.tiny_policy(characters, layers)
+        tokenizer.backend_tokenizer.model.unk_token = "#"               # what a name becomes: no other is unknown
+        return tokenizer, transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+            text_config=text.config, image_token_id=tokenizer.convert_tokens_to_ids("#"), tie_word_embeddings=True,
+            vision_feature_layer=-1, vision_config={"hidden_size": 64, "intermediate_size": 128, "num_channels": 1,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 8}))
 
 
+class Pictures(dopd.OwnData):
+    load = staticmethod(load)
+
+
+def with_eyes(task, rows: list[dict], config) -> Pictures:
+    """The task of --data, for models that see. Pictures become {"path", "bytes"}: plain data, as a checkpoint holds."""
+    folder = Path(config.data).absolute().parent
+    for number, row in enumerate(rows, 1):
+        with dopd.explained(f"--data {config.data}, row {number}: no picture"):
+            row |= {name: {"path": str(folder / row[name]), "bytes": None} for name in ("image", "hinted_image")
+                    if isinstance(row.get(name), str)}
+            row.setdefault("split_by", zlib.crc32(picture(row, "none").tobytes()))      # not both trained and tested on
+    return Pictures(*task)
+
+
+dopd.TASKS["vision"] = Vision(*dopd.TASKS["rules"])
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    dopd.main(sys.argv[1:] if "--resume" in sys.argv else ["--task", "vision", *sys.argv[1:]])
