@@ -1,7 +1,7 @@
 """Runs the experiments; writes results/NAME.csv, the figures beside it, and the tables of both READMEs.
 
     pip install -r tiny_tasks/requirements.txt
-    python tiny_tasks/experiments.py main rules        # names of EXPERIMENTS, or all; two at a time
+    python tiny_tasks/experiments.py shortcut rules    # names of EXPERIMENTS, or all; two at a time
     python tiny_tasks/experiments.py --draw            # tables and figures again, from the CSV files that are there
 
 A run is one seed of one setting: its own tiny policies, then every recipe. It goes into runs/NAME/SETTING-seedN. A
@@ -50,7 +50,7 @@ class Experiment(NamedTuple):
     settings: dict                 # label: flags of dopd.py, or what `run` takes out of them; up to a colon: its column
     recipes: list[str]
     seeds: range = range(3)
-    start: bool = False            # from the tiny policies of main and rules
+    start: bool = False            # from the tiny policies of shortcut and rules
 
 
 # Twenty pairs of neighbouring names, and the prompts that have one.
@@ -108,7 +108,7 @@ MAIN = [*KNOWN[:KNOWN.index("HT")], "by chance"]
 PARTS = [name for name in KNOWN[KNOWN.index("HT"):] if name not in ("LH+LL+HT+HS", "reverse_kl full", "by chance")]
 TASKS = {task: {"task": task, "test_prompts": 600} for task in ("shortcut", "rules")}
 EXPERIMENTS = {
-    "main": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
+    "shortcut": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
     "rules": Experiment({"rules": {"task": "rules"}}, MAIN, range(5)),
     "vision": Experiment({f"vision, {hint}": {"task": "vision", "test_prompts": 600, "hint": hint}
                           for hint in ("steps", "box", "none")}, OURS),
@@ -126,17 +126,17 @@ EXPERIMENTS = {
     "sizes": Experiment({f"{task}, student of {layers} layers": TASKS[task] | {
         "fields": {"student": dopd.TASKS[task].student._replace(layers=layers)}}
         for task in TASKS for layers in (1, 4)}, METHODS),
-    "chains": Experiment({f"{names} names": {
-        "task": "rules", "fields": {"names": names, "max_new_tokens": 2 * names + 1}} for names in (2, 6, 10)}, OURS),
-    "pairs": Experiment({"pairs that only the test has": TASKS["rules"] | {"dials": {"pairs": True}}}, OURS),
+    "dials": Experiment({label: TASKS["rules"] | flags for label, flags in {
+        "more wild names": {"dials": {"more_wild": 0.5}},
+        "a third of the hints wrong": {"dials": {"wrong_hints": 0.33}},
+        "half of the hints ignored": {"dials": {"doubts": 0.5}},
+        "all hints ignored": {"dials": {"doubts": 1.0}},
+        "new pairs": {"dials": {"pairs": True}}, **{f"{names} names": {
+            "test_prompts": 1200, "fields": {"names": names, "max_new_tokens": 2 * names + 1}}
+            for names in (2, 6, 10)}}.items()}, OURS),
     "continual": Experiment({f"{first}, then {second}: {method}": TASKS[second] | {
-        "recipe": [method], "student": f"{ROOT}/runs/{start}/{first}-seed{{seed}}/{method}"} for method in OURS
-        for start, first, second in (("rules", "rules", "shortcut"), ("main", "shortcut", "rules"))}, OURS, start=True),
-    "dials": Experiment({label: TASKS["rules"] | {"dials": dials} for label, dials in {
-        "half of the prompts with one more wild name": {"more_wild": 0.5},
-        "a third of the hints wrong": {"wrong_hints": 0.33},
-        "teacher ignores half of its hints": {"doubts": 0.5},
-        "teacher ignores all hints": {"doubts": 1.0}}.items()}, OURS),
+        "recipe": [method], "student": f"{ROOT}/runs/{first}/{first}-seed{{seed}}/{method}"}
+        for first in TASKS for second in TASKS for method in OURS}, OURS, start=True),
     "long": Experiment({task: TASKS[task] | {"steps": 360} for task in TASKS},
                        ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen"], start=True),
     "long_hinted": Experiment({task: TASKS[task] | {"steps": 360, "student_reads": "hinted"} for task in TASKS},
@@ -172,7 +172,7 @@ def run(name: str, label: str, seed: int) -> None:
     Dials.dials, task = dials or {}, task if dials is None else Dials(*task)
     tasks = dopd.TASKS | {flags["task"]: task._replace(**flags.pop("fields", {}))}
     if experiment.start:
-        there = folder_of({"shortcut": "main"}.get(flags["task"], "rules"), flags["task"], seed)
+        there = folder_of(flags["task"], flags["task"], seed)
         flags = {role: str(there / role) for role in ("teacher", "student")} | flags
         flags["student"] = flags["student"].format(seed=seed)
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
@@ -273,8 +273,8 @@ def curves(name: str) -> pandas.DataFrame:
 
 def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
     """Seconds of a step of `shortcut`: all methods in turn in one process, and TRL's trainer with the same policies and
-    prompts, without the hint. Needs the policies of main, and nothing else running."""
-    here, task, rng = folder_of("main", "shortcut", 0), dopd.TASKS["shortcut"], random.Random(0)
+    prompts, without the hint. Needs the policies of shortcut, and nothing else running."""
+    here, task, rng = folder_of("shortcut", "shortcut", 0), dopd.TASKS["shortcut"], random.Random(0)
     config, lines = dopd.Config(teacher=str(here / "teacher"), student=str(here / "student")), []
     tokenizer, teacher, student = dopd.load(config, task.max_new_tokens)
     dopd.encode(rows := [task.problem(rng) for _ in range(32 * steps)], tokenizer, student, task.hint_template, "steps")
@@ -298,7 +298,7 @@ def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
 
 
 # name of the CSV file: function, and the experiments whose runs it reads
-EXTRAS = {"audit": (audit, ["main", "rules"]), "first_tokens": (first_tokens, ["anchor"]),
+EXTRAS = {"audit": (audit, ["shortcut", "rules"]), "first_tokens": (first_tokens, ["anchor"]),
           "curves": (curves, ["long", "long_hinted"]), "cost": (cost, ["cost"])}
 
 
@@ -314,7 +314,7 @@ def spread(values: pandas.Series) -> str:
 
 def methods(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
     """Every policy on both tasks: mean ± standard deviation over the seeds, and exact match seed by seed."""
-    parts, known = [], pandas.concat(frames[name] for name in ("main", "rules", "others"))
+    parts, known = [], pandas.concat(frames[name] for name in ("shortcut", "rules", "others"))
     known = known.drop_duplicates(["setting", "seed", "policy"])
     for task, columns in (("shortcut", COLUMNS), ("rules", ["exact match", "with hint", COLUMNS[-1]])):
         by = known[known.setting == task].groupby("policy", sort=False)
@@ -371,7 +371,7 @@ CLAIMS = [
 def verdicts(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
     """Holds: higher in every seed. In part: the mean is higher. p: paired t-test over the seeds, two-sided."""
     found = pandas.DataFrame([claim[:2] for claim in CLAIMS], columns=["claim", "paper"])
-    known = pandas.concat(frames.values()).drop_duplicates(["setting", "seed", "policy"])      # main's are the first
+    known = pandas.concat(frames.values()).drop_duplicates(["setting", "seed", "policy"])      # 160 steps come first
     exact = known.pivot(index=["setting", "seed"], columns="policy", values="exact match")
     for number, (_, _, higher, lower) in enumerate(CLAIMS):
         for task in ("shortcut", "rules"):
