@@ -272,13 +272,14 @@ def advantage_gap(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> tor
     return (teacher_logp - student_logp).abs()
 
 
-def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
+def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, kept: int = 95) -> torch.Tensor:
     """The regime of every sampled token, (N,). Both log-probs (N,), in nats, are of the same tokens and under the same
-    hint. The thresholds are averages over the tokens given, so give it those of the whole batch."""
+    hint. The thresholds are averages over the tokens given, so give it those of the whole batch; they leave out the
+    tokens of the largest gaps, all but `kept` percent, which are routed all the same."""
     teacher_logp, student_logp = teacher_logp.float(), student_logp.float()      # bfloat16 would be too coarse
     gap, q_teacher, q_student = advantage_gap(teacher_logp, student_logp), teacher_logp.exp(), student_logp.exp()
     both, ascending = q_teacher + q_student, gap.sort().values            # torch.quantile takes 16 million at most
-    typical = gap <= ascending[95 * (len(ascending) - 1) // 100]          # the top 5% stay out of the averages
+    typical = gap <= ascending[kept * (len(ascending) - 1) // 100]
     low = torch.where(both >= both[typical].mean(), Regime.LH, Regime.LL)
     high = torch.where(q_teacher >= q_student, Regime.HT, Regime.HS)
     return torch.where(gap >= gap[typical].mean(), high, low)

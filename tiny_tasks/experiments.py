@@ -9,8 +9,6 @@ finished run is not repeated: delete its folder after changing the code. To add 
 """
 
 import contextlib
-import copy
-import itertools
 import json
 import os
 import random
@@ -54,9 +52,10 @@ class Experiment(NamedTuple):
 
 
 # Twenty pairs of neighbouring names, and the prompts that have one.
-PAIRS = {first + "abcdefghij"[(place + far) % 10] for place, first in enumerate("abcdefghij") for far in (3, 7)}
-PAIRED = {f"{start}{''.join(names)}=" for start in range(10) for names in itertools.product("abcdefghijklm", repeat=3)
-          if {names[0] + names[1], names[1] + names[2]} & PAIRS}
+NAMES = "abcdefghijklm"
+PAIRS = {first + NAMES[(place + far) % 10] for place, first in enumerate(NAMES[:10]) for far in (3, 7)}
+PAIRED = {f"{start}{a}{b}{c}=" for start in range(10) for a in NAMES for b in NAMES for c in NAMES
+          if {a + b, b + c} & PAIRS}
 
 
 class Dials(dopd.Rules):
@@ -99,6 +98,22 @@ OTHERS = {
 for name, source in (("vanilla", "teacher"), ("privileged_teacher", "privileged_teacher")):
     row = SURE_OF_IT._replace(weight=lambda scores, source=source: scores[source].logp - scores["student"].logp)
     OTHERS[f"{name}, sampled token"] = dopd.Recipe([row], None, ("student", source))
+
+
+def z_scored(teacher, student):
+    """The paper's router, but q_T and q_S are divided by their deviations before their sum tells LH from LL."""
+    regimes, both = BEFORE["route"](teacher, student), sum(q / q.std() for q in (teacher.exp(), student.exp()))
+    return torch.where(regimes <= dopd.Regime.LL, (both < both.mean()).long(), regimes)      # LH is 0, LL is 1
+
+
+# What stands in for a function of dopd.py in training: where the paper is silent, the choice that we did not make.
+STAND_INS = {f"{name}, {choice}": stand_in for choice, stand_in in {
+    "no tail": {"top_k_with_tail": lambda *given: [logp[..., :-1] for logp in BEFORE["top_k_with_tail"](*given)]},
+    "source's top-K": {"top_k_with_tail": lambda own, source, k: BEFORE["top_k_with_tail"](source, own, k)[::-1]},
+    "outliers averaged": {"route": lambda teacher, student: BEFORE["route"](teacher, student, kept=100)},
+    "z-scores": {"route": z_scored}}.items() for name in ("dopd", "dopd_frozen")}
+OTHERS |= {name: dopd.RECIPES[name.split(",")[0]]._replace() for name in STAND_INS}        # copies
+STAND_INS["sft"] = {"rollout": lambda _, rows, size: [[*map(TOKENS.index, row["answer"]), 0] for row in rows]}
 dopd.RECIPES |= OTHERS
 
 METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]
@@ -106,13 +121,14 @@ OURS = [*METHODS, "half", "where_unsure"]
 KNOWN = [name for name in dopd.RECIPES if name not in OTHERS]           # of dopd.py and recipes.py
 MAIN = [*KNOWN[:KNOWN.index("HT")], "by chance"]
 PARTS = [name for name in KNOWN[KNOWN.index("HT"):] if name not in ("LH+LL+HT+HS", "reverse_kl full", "by chance")]
+HINTED = "privileged_teacher, hinted student"                           # it reads the hint in training only
+dopd.RECIPES[HINTED] = dopd.RECIPES["privileged_teacher"]._replace()
 TASKS = {task: {"task": task, "test_prompts": 600} for task in ("shortcut", "rules")}
 EXPERIMENTS = {
     "shortcut": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
     "rules": Experiment({"rules": {"task": "rules"}}, MAIN, range(5)),
     "vision": Experiment({f"vision, {hint}": {"task": "vision", "test_prompts": 600, "hint": hint}
                           for hint in ("steps", "box", "none")}, OURS),
-    "anchor": Experiment({"shortcut": {"task": "shortcut"}}, ["dopd", "dopd_frozen"], range(5), start=True),
     "map": Experiment({f"{teacher} {student}": {
         "test_prompts": 600, "fields": {"teacher": dopd.STRONG._replace(skips_hinted=teacher),
                                         "student": dopd.WEAK._replace(skips=student, skips_hinted=student)}}
@@ -127,20 +143,16 @@ EXPERIMENTS = {
         "fields": {"student": dopd.TASKS[task].student._replace(layers=layers)}}
         for task in TASKS for layers in (1, 4)}, METHODS),
     "dials": Experiment({label: TASKS["rules"] | flags for label, flags in {
-        "more wild names": {"dials": {"more_wild": 0.5}},
-        "a third of the hints wrong": {"dials": {"wrong_hints": 0.33}},
-        "half of the hints ignored": {"dials": {"doubts": 0.5}},
-        "all hints ignored": {"dials": {"doubts": 1.0}},
+        "more wild names": {"dials": {"more_wild": 0.5}}, "wrong hints": {"dials": {"wrong_hints": 0.33}},
+        "half of the hints ignored": {"dials": {"doubts": 0.5}}, "all hints ignored": {"dials": {"doubts": 1.0}},
         "new pairs": {"dials": {"pairs": True}}, **{f"{names} names": {
             "test_prompts": 1200, "fields": {"names": names, "max_new_tokens": 2 * names + 1}}
             for names in (2, 6, 10)}}.items()}, OURS),
     "continual": Experiment({f"{first}, then {second}: {method}": TASKS[second] | {
         "recipe": [method], "student": f"{ROOT}/runs/{first}/{first}-seed{{seed}}/{method}"}
         for first in TASKS for second in TASKS for method in OURS}, OURS, start=True),
-    "long": Experiment({task: TASKS[task] | {"steps": 360} for task in TASKS},
-                       ["privileged_teacher", "privileged_student", "dopd", "dopd_frozen"], start=True),
-    "long_hinted": Experiment({task: TASKS[task] | {"steps": 360, "student_reads": "hinted"} for task in TASKS},
-                              ["privileged_teacher"], start=True),
+    "long": Experiment({task: TASKS[task] | {"steps": 360} for task in TASKS}, [
+        "privileged_teacher", "privileged_student", "dopd", "dopd_frozen", HINTED], start=True),
     "smollm2": Experiment({"SmolLM2-135M-Instruct": {                   # results/README.md: how to get it
         "teacher": "runs/smollm2", "student": "runs/smollm2", "data": "runs/examples.jsonl", "steps": 10, "lr": 1e-5,
         "batch_size": 4, "top_k": 128, "max_new_tokens": 64, "answer_regex": r"\d+"}}, METHODS[1:]),
@@ -168,7 +180,7 @@ def run(name: str, label: str, seed: int) -> None:
     experiment, folder = EXPERIMENTS[name], folder_of(name, label, seed)
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     flags = {"task": "shortcut", "recipe": experiment.recipes} | experiment.settings[label]
-    task, dials, reads = dopd.TASKS[flags["task"]], flags.pop("dials", None), flags.pop("student_reads", "plain")
+    task, dials = dopd.TASKS[flags["task"]], flags.pop("dials", None)
     Dials.dials, task = dials or {}, task if dials is None else Dials(*task)
     tasks = dopd.TASKS | {flags["task"]: task._replace(**flags.pop("fields", {}))}
     if experiment.start:
@@ -188,14 +200,13 @@ def run(name: str, label: str, seed: int) -> None:
         return BEFORE["warm_start"](task, role, config, held_out | (PAIRED if Dials.dials.get("pairs") else set()))
 
     def step(recipe, policies, optimizer, rows, config):
+        known = next(name for name, value in dopd.RECIPES.items() if value is recipe)
         hints = [row["hinted"][:len(row["hinted"]) - len(row["plain"])] for row in rows]     # the next row's is wrong
         rows = [row | {"misled": hint + row["plain"]} for row, hint in zip(rows, hints[1:] + hints[:1])]
-        more = {"student": policies["student"]._replace(reads=reads), "judge": dopd.Policy(judge, ""),
-                "misled_teacher": policies["teacher"]._replace(reads="misled"), "sampled": dopd.Policy(sampled, "")}
-
-        def solutions(policy, prompts, micro_batch):
-            return [[*map(TOKENS.index, row["answer"]), 0] for row in prompts]
-        with mock.patch.object(dopd, "rollout", solutions if recipe is dopd.RECIPES["sft"] else dopd.rollout):
+        more = {"student": policies["student"]._replace(reads="hinted" if known == HINTED else "plain"),
+                "misled_teacher": policies["teacher"]._replace(reads="misled"),
+                "sampled": dopd.Policy(sampled, ""), "judge": dopd.Policy(judge, "")}
+        with mock.patch.multiple(dopd, **{"rollout": dopd.rollout} | STAND_INS.get(known, {})):     # not in evaluations
             return BEFORE["distill_step"](recipe, policies | more, optimizer, rows, config)
 
     with open(folder / "log.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), \
@@ -238,7 +249,7 @@ def audit(name: str) -> pandas.DataFrame:
     """How many tokens of every kind went to which regime, over the rollouts that metrics.jsonl keeps."""
     return pandas.DataFrame([
         {"setting": label, "policy": row["recipe"], "kind": kind, "regime": dopd.Regime(regime).name}
-        for label, _, row in logs(name) if row["recipe"] in ("dopd", "dopd_frozen")
+        for label, _, row in logs(name) if row["recipe"] in METHODS[2:]
         for prompt, ids, regimes, *_ in row.get("rollouts", []) for kind, regime in zip(kinds_of(prompt, ids), regimes)
     ]).value_counts(sort=False).rename("tokens").reset_index()
 
@@ -259,15 +270,16 @@ def first_tokens(name: str) -> pandas.DataFrame:
         {"recipe": row["recipe"], "seed": seed, "step": (row["step"] - 1) // 20 * 20 + 10,
          "first token": "skips" if TOKENS[ids[0]] == "=" else "works", "teacher": teacher[0], "student": student[0],
          "share": dopd.Regime(regimes[0]).name}
-        for _, seed, row in logs(name) for _, ids, regimes, teacher, student in row.get("rollouts", [])])
+        for _, seed, row in logs(name) if row["recipe"] in METHODS[2:]
+        for _, ids, regimes, teacher, student in row.get("rollouts", [])])
     return pandas.get_dummies(frame, columns=["share"]).groupby([*frame.columns[:4]], as_index=False).mean()
 
 
 def curves(name: str) -> pandas.DataFrame:
     """Entropy and exact match (validation) on the way, every twentieth step."""
     return pandas.DataFrame([
-        {"setting": label, "seed": seed, "policy": row["recipe"] + ", hinted student" * (name == "long_hinted"),
-         "step": row["step"], "entropy": row["entropy"], "exact match": row.get("validation", {}).get("exact match")}
+        {"setting": label, "seed": seed, "policy": row["recipe"], "step": row["step"], "entropy": row["entropy"],
+         "exact match": row.get("validation", {}).get("exact match")}
         for label, seed, row in logs(name) if row.get("step", 1) % 20 == 0])
 
 
@@ -282,7 +294,7 @@ def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
     flags = trl.DistillationConfig(str(here / "trl"), max_steps=steps, per_device_train_batch_size=128, bf16=False,
                                    max_completion_length=7, save_strategy="no", disable_tqdm=True)
     for name in [*OURS, "vanilla in TRL"] * rounds:
-        learner = copy.deepcopy(student)
+        learner = dopd.load(config, task.max_new_tokens)[2]
         adamw, anchor = torch.optim.AdamW(learner.parameters(), 2e-4), learner if name == "dopd" else student
         policies = {"student": dopd.Policy(learner, "plain"), "privileged_student": dopd.Policy(anchor, "hinted"),
                     "teacher": dopd.Policy(teacher, "plain"), "privileged_teacher": dopd.Policy(teacher, "hinted")}
@@ -298,8 +310,8 @@ def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
 
 
 # name of the CSV file: function, and the experiments whose runs it reads
-EXTRAS = {"audit": (audit, ["shortcut", "rules"]), "first_tokens": (first_tokens, ["anchor"]),
-          "curves": (curves, ["long", "long_hinted"]), "cost": (cost, ["cost"])}
+EXTRAS = {"audit": (audit, ["shortcut", "rules"]), "first_tokens": (first_tokens, ["shortcut"]),
+          "curves": (curves, ["long"]), "cost": (cost, ["cost"])}
 
 
 # ------------------------------------------------------------------------------------------------ 4. tables and figures
@@ -312,10 +324,9 @@ def spread(values: pandas.Series) -> str:
     return f"{values.mean():.2f} ± {values.std():.2f}"
 
 
-def methods(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
+def methods(known: pandas.DataFrame) -> pandas.DataFrame:
     """Every policy on both tasks: mean ± standard deviation over the seeds, and exact match seed by seed."""
-    parts, known = [], pandas.concat(frames[name] for name in ("shortcut", "rules", "others"))
-    known = known.drop_duplicates(["setting", "seed", "policy"])
+    parts = []
     for task, columns in (("shortcut", COLUMNS), ("rules", ["exact match", "with hint", COLUMNS[-1]])):
         by = known[known.setting == task].groupby("policy", sort=False)
         part = by[columns].agg(spread)
@@ -331,12 +342,10 @@ def grid(frame: pandas.DataFrame, column: str = "exact match") -> pandas.DataFra
 
 
 def landed(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """For every kind of token: its share of all tokens; of these, the percentages in LH, LL, HT and HS."""
+    """For every kind of token: the percentages in LH, LL, HT and HS."""
     counts = frame.pivot_table(index=["setting", "policy", "kind"], columns="regime", values="tokens", fill_value=0)
-    total = counts.sum(axis=1)
-    of_all = (total / total.groupby(["setting", "policy"]).transform("sum")).map("{:.0%}: ".format)
-    shares = (100 * counts[["LH", "LL", "HT", "HS"]].div(total, axis=0)).map("{:.0f}".format)
-    cells = (of_all + shares.agg(" ".join, axis=1)).unstack(["setting", "policy"])
+    shares = (100 * counts[["LH", "LL", "HT", "HS"]].div(counts.sum(axis=1), axis=0)).map("{:.0f}".format)
+    cells = shares.agg(" ".join, axis=1).unstack(["setting", "policy"])
     return cells.set_axis([", ".join(names) for names in cells.columns], axis=1)
 
 
@@ -361,17 +370,14 @@ CLAIMS = [
     ("weights 0.6 and 0.3 beat 1 and 1", "figure 10", "dopd", "light 1.0, weak 1.0"),
     ("DOPD beats its own regimes dealt by chance", "-", "dopd", "by chance"),
     ("a frozen anchor beats the live one", "-", "dopd_frozen", "dopd"),
-    ("half (AR-OPD, our reading) beats DOPD", "-", "half", "dopd"),
-    ("where_unsure (ours) beats DOPD", "-", "where_unsure", "dopd"),
     ("where_unsure (ours) beats the privileged teacher", "-", "where_unsure", "privileged_teacher"),
     ("DOPD beats supervised learning on right solutions", "-", "dopd", "sft"),
 ]
 
 
-def verdicts(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
+def verdicts(known: pandas.DataFrame) -> pandas.DataFrame:
     """Holds: higher in every seed. In part: the mean is higher. p: paired t-test over the seeds, two-sided."""
     found = pandas.DataFrame([claim[:2] for claim in CLAIMS], columns=["claim", "paper"])
-    known = pandas.concat(frames.values()).drop_duplicates(["setting", "seed", "policy"])      # 160 steps come first
     exact = known.pivot(index=["setting", "seed"], columns="policy", values="exact match")
     for number, (_, _, higher, lower) in enumerate(CLAIMS):
         for task in ("shortcut", "rules"):
@@ -379,7 +385,7 @@ def verdicts(frames: dict[str, pandas.DataFrame]) -> pandas.DataFrame:
             above, means = (pair[higher] > pair[lower]).sum(), pair.mean()
             verdict = "holds" if above == len(pair) else "in part" if means[higher] > means[lower] else "no"
             p = stats.ttest_rel(pair[higher], pair[lower]).pvalue
-            found.loc[number, f"`{task}`"] = "not run" if pair.empty else (
+            found.loc[number, f"`{task}`"] = (
                 f"**{verdict}**: {means[higher]:.2f} against {means[lower]:.2f}, {above} of {len(pair)}, p = {p:.1g}")
     return found.set_index("claim")
 
@@ -400,30 +406,26 @@ def draw_lines(frame: pandas.DataFrame, file: Path, label: str, **axes) -> None:
     grid.set_titles("{col_name}: {row_name}").set(ylabel=label).savefig(file, dpi=100)
 
 
-def markdown(frame: pandas.DataFrame) -> str:
-    return frame.reset_index().fillna("").to_markdown(tablefmt="github", disable_numparse=True, index=False)
-
-
 def draw() -> None:
     """All figures, and all tables between <!-- NAME --> and <!-- /NAME --> in both READMEs, from the CSV files."""
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in RESULTS.glob("*.csv")}
     runs = {name: frames[name] for name in EXPERIMENTS if name in frames}
-    everything, tables = methods(runs), {}
-    for name, frame in runs.items():
-        minutes = frame.groupby(["setting", "seed"]).seconds.first().sum() / 60
-        note = f"{frame.seed.nunique()} seeds; {minutes:.0f} minutes of one core"
-        tables[name] = f"{markdown(grid(frame))}\n\n*{note}; commit {', '.join(sorted({*frame.commit}))}.*"
-    for name, frame in {
-            "verdicts": verdicts(runs), "methods": everything, "audit": landed(frames["audit"]),
-            "summary": everything.loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
-            "cost": frames["cost"].groupby("policy", sort=False).agg(spread),
-            "vision, entropy": grid(runs["vision"], "entropy, wild (best 1.28)")}.items():
-        tables[name] = markdown(frame)
-    for file in (ROOT / "README.md", RESULTS / "README.md"):            # marks of what has not run stay as they are
-        file.write_text(re.sub(
-            r"(<!-- ([^/].*?) -->\n)(.*?)(<!-- /\2 -->)", lambda found: found[1] + (
-                f"\n{tables[found[2]]}\n" if found[2] in tables else found[3]) + found[4],
-            file.read_text(), flags=re.DOTALL))
+    known = pandas.concat(runs.values()).drop_duplicates(["setting", "seed", "policy"])       # 160 steps come first
+    tables = {name: grid(frame) for name, frame in runs.items()} | {
+        "verdicts": verdicts(known), "methods": methods(known), "audit": landed(frames["audit"]),
+        "summary": methods(known).loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
+        "cost": frames["cost"].groupby("policy", sort=False).agg(spread),
+        "vision, entropy": grid(runs["vision"], "entropy, wild (best 1.28)")}
+    for file in (ROOT / "README.md", RESULTS / "README.md"):
+        text = file.read_text()
+        for name, frame in tables.items():
+            table = frame.reset_index().fillna("").to_markdown(tablefmt="github", disable_numparse=True, index=False)
+            if name in runs:
+                minutes = runs[name].groupby(["setting", "seed"]).seconds.first().sum() / 60
+                table += f"\n\n*{minutes:.0f} minutes of one core; commit {', '.join(sorted({*runs[name].commit}))}.*"
+            begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            text = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+        file.write_text(text)
     draw_map(frames["map"], RESULTS / "map.png")
     first = frames["first_tokens"].melt(["recipe", "first token", "seed", "step"], ["teacher", "student"], "privileged")
     draw_lines(first, RESULTS / "anchor.png", "probability", hue="privileged", col="recipe", row="first token")
@@ -433,14 +435,12 @@ def draw() -> None:
 
 
 def main(names: list[str]) -> None:
-    known = [*EXPERIMENTS, "cost"]
-    names = known if names == ["all"] else [name for name in names if name != "--draw"]
-    dopd.require({*names} <= {*known}, f"{' '.join(names)}: name one or more of {', '.join(known)}")
+    names = [*EXPERIMENTS, "cost"] if names == ["all"] else [name for name in names if name != "--draw"]
+    dopd.require({*names} <= {*EXPERIMENTS, "cost"}, f"{' '.join(names)}: choose from {', '.join(EXPERIMENTS)}, cost")
     jobs = [joblib.delayed(run)(name, label, seed) for name in EXPERIMENTS if name in names
             for label, seed, folder in folders(name) if not Path(folder, "job.json").exists()]
     joblib.Parallel(n_jobs=2, backend="multiprocessing", batch_size=1)(jobs)      # forked: they know all recipes
-    tables = {name: (collect, [name]) for name in EXPERIMENTS} | EXTRAS
-    for file, (function, needs) in tables.items():
+    for file, (function, needs) in ({name: (collect, [name]) for name in EXPERIMENTS} | EXTRAS).items():
         if {*needs} <= {*names}:
             pandas.concat([function(name) for name in needs]).round(4).to_csv(RESULTS / f"{file}.csv", index=False)
     draw()
