@@ -68,19 +68,23 @@ class Config:
 
     def __post_init__(self):
         require(self.task in TASKS, f"--task {self.task}: must be one of {', '.join(TASKS)}")
-        require({*self.recipe} <= {*RECIPES}, f"--recipe: one of {', '.join(RECIPES)}; see tiny_tasks/recipes.py, too")
-        for row in sum([RECIPES[name].rows for name in self.recipe], []):
-            require(row.objective in DIVERGENCES and row.support in ("full", "top_k"), f"unknown value in a row: {row}")
+        require({*self.recipe} <= {*RECIPES}, f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}; "
+                "for other recipes, run the script that adds them, such as tiny_tasks/recipes.py")
+        for name, row in [(name, row) for name in self.recipe for row in RECIPES[name].rows]:
+            require(row.objective in DIVERGENCES and row.support in ("full", "top_k"),
+                    f"--recipe {name}: objective: {', '.join(DIVERGENCES)}; support: full, top_k; but there is {row}")
+            require(RECIPES[name].router or row.regime == Regime.ALL, f"--recipe {name}: no router for {row}")
         for name, value in vars(self).items():
             least = 1 if name.endswith(("_size", "rollouts", "top_k", "_every", "_prompts")) else 0
             require(isinstance(value, (str, list)) or least <= value < math.inf, f"--{name} {value}: at least {least}")
-        require(bool(self.teacher) == bool(self.student) >= bool(self.data), "--teacher needs --student, --data both")
+        require(bool(self.teacher) == bool(self.student) and (self.teacher or not self.data),
+                "--teacher and --student: give both, or none; --data: needs both")
         with explained(f"--answer_regex {self.answer_regex}"):
             require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
 
 
 def require(condition, message: str) -> None:
-    """Exits with one line on stderr and code 2, unless the condition holds: what the user gave cannot be used."""
+    """Unless the condition holds: what the user gave cannot be used. Exits with this line on stderr, and code 2."""
     if not condition:
         print(f"dopd.py: {message}", file=sys.stderr)
         sys.exit(2)
@@ -88,7 +92,7 @@ def require(condition, message: str) -> None:
 
 @contextmanager
 def explained(given: str):
-    """Does the same for any exception that a library raises in this block."""
+    """Exits in the same way if a library raises an exception in this block."""
     try:
         yield
     except Exception as error:
@@ -103,7 +107,7 @@ class Author(NamedTuple):
     layers: int                 # of the model
     hinted: float               # share of the solutions that are written with the hint
     knows: int                  # how many of the ten stable names need no hint; the others are guessed
-    slips: float = 0.0          # share of the sums past 9 that come out one too high
+    slips: float = 0.0          # share of wrong sums, one too high, among those that pass 9
     skips_hinted: float = 0.0   # share of the solutions that skip the working, where there is a hint
     skips: float = 0.0          # and where there is none
 
@@ -171,7 +175,7 @@ class OwnData(NamedTuple):
     answer_regex: str
     hint_template: str = "{prompt}\n\nHint: {hint}"
     max_new_tokens: int = 512
-    grade = staticmethod(lambda row, tokens: [])                          # nobody knows what a real token asks for
+    grade = staticmethod(lambda row, tokens: [])                          # the true kind of a token is unknown
 
     def check(self, row: dict, completion: str) -> bool:
         return [found.strip() for found in re.findall(self.answer_regex, completion)][-1:] == [row["answer"].strip()]
@@ -190,7 +194,7 @@ Policy = NamedTuple("Policy", [("model", transformers.PreTrainedModel), ("reads"
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_batch: int = 0) -> Callable:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row. Returns a function
-    from an index (n,) to (n, V). It keeps hidden states (N, H), at a real vocabulary 70 times smaller than (N, V)."""
+    from an index (n,) to (n, V). It keeps only hidden states (N, H): (N, V) would be 70 times larger for Qwen3."""
     model, hidden, size = policy.model, [], micro_batch or len(rows)
     for i in range(0, len(rows), size):
         prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", model.device)       # (B, P)
@@ -206,7 +210,7 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_
 
 
 def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, L) and where they are real. By length: the pad token may well be the EOS token."""
+    """Token ids (B, L), and where they are real, told from the lengths: the pad token may also be the EOS token."""
     ids = [torch.tensor(sequence) for sequence in sequences]
     real = [torch.ones_like(sequence, dtype=torch.bool) for sequence in ids]
     return pad_sequence(ids, True, 0, side).to(device), pad_sequence(real, True, False, side).to(device)
@@ -229,13 +233,13 @@ def rollout(policy: Policy, rows: list[dict], micro_batch: int = 0) -> list[list
 
 # -------------------------------------------------------------------------------------- 4. divergences and router
 def reverse_kl(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """KL(student || source), (..., V) -> (...), nats: what the source finds unlikely, so must the student.
+    """KL(student || source), (..., V) -> (...), nats: the student must avoid what the source finds unlikely.
     A token that the student rules out (log-prob -inf) counts 0; one that only the source rules out, infinity."""
     return (student.exp() * (student - source).masked_fill(student == -math.inf, 0)).sum(-1)
 
 
 def forward_kl(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """KL(source || student), (..., V) -> (...), nats: what the source finds likely, so must the student."""
+    """KL(source || student), (..., V) -> (...), nats: the student must cover what the source finds likely."""
     return reverse_kl(source, student)
 
 
@@ -272,24 +276,24 @@ def advantage_gap(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> tor
     return (teacher_logp - student_logp).abs()
 
 
-def route(teacher_logp: torch.Tensor, student_logp: torch.Tensor, kept: int = 95) -> torch.Tensor:
-    """The regime of every sampled token, (N,). Both log-probs (N,), in nats, are of the same tokens and under the same
-    hint. The thresholds are averages over the tokens given, so give it those of the whole batch; they leave out the
-    tokens of the largest gaps, all but `kept` percent, which are routed all the same."""
-    teacher_logp, student_logp = teacher_logp.float(), student_logp.float()      # bfloat16 would be too coarse
-    gap, q_teacher, q_student = advantage_gap(teacher_logp, student_logp), teacher_logp.exp(), student_logp.exp()
-    both, ascending = q_teacher + q_student, gap.sort().values            # torch.quantile takes 16 million at most
+# What a router sees of one policy, (N,) each: log-probs of the sampled tokens, entropies of its predictions (nats).
+Scores = NamedTuple("Scores", [("logp", torch.Tensor), ("entropy", torch.Tensor)])
+
+
+def route(scores: dict[str, Scores], kept: int = 95) -> torch.Tensor:
+    """The paper's router: the regime (N,) of every sampled token, from its log-probs under the privileged teacher and
+    the privileged student. The thresholds are averages over all N tokens, so give it the whole batch; only the largest
+    gaps, the top (100 - kept)%, stay out of the averages. They are routed all the same."""
+    teacher, student = (scores[f"privileged_{name}"].logp.float() for name in ("teacher", "student"))
+    gap, q_teacher, q_student = advantage_gap(teacher, student), teacher.exp(), student.exp()
+    q_sum, ascending = q_teacher + q_student, gap.sort().values           # torch.quantile takes 16 million at most
     typical = gap <= ascending[kept * (len(ascending) - 1) // 100]
-    low = torch.where(both >= both[typical].mean(), Regime.LH, Regime.LL)
+    low = torch.where(q_sum >= q_sum[typical].mean(), Regime.LH, Regime.LL)
     high = torch.where(q_teacher >= q_student, Regime.HT, Regime.HS)
     return torch.where(gap >= gap[typical].mean(), high, low)
 
 
 # -------------------------------------------------------------------------------------------- 5. recipes and loss
-# What a router sees of one policy, (N,) each: log-probs of the sampled tokens, entropies of their predictions (nats).
-Scores = NamedTuple("Scores", [("logp", torch.Tensor), ("entropy", torch.Tensor)])
-
-
 class Row(NamedTuple):
     """How the tokens of one regime are supervised. Several rows of one regime add up."""
     regime: IntEnum
@@ -303,13 +307,8 @@ class Recipe(NamedTuple):
     """A method: a table, and a router that sorts the tokens into regimes. A token without a row is not trained on."""
     rows: list[Row]
     router: Callable | None = None         # {policy: Scores} -> regimes (N,); None: all tokens are in Regime.ALL
-    router_reads: tuple = ()               # the policies whose scores the router gets
-    anchor_decay: float = 0.0              # privileged student: 0 live, 1 its first copy, between an average
-
-
-def by_advantage_gap(scores: dict[str, Scores]) -> torch.Tensor:
-    """The paper's router."""
-    return route(scores["privileged_teacher"].logp, scores["privileged_student"].logp)
+    router_reads: tuple = ()               # names of the policies whose scores the router gets
+    anchor_decay: float = 0.0              # privileged student: 0 live; 1 its first copy; between, a moving average
 
 
 def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 0.0) -> Recipe:
@@ -320,7 +319,7 @@ def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 
         Row(Regime.LL, "privileged_student", "reverse_kl", "top_k", beta_weak),
         Row(Regime.HT, "privileged_teacher", "js", "full", 1.0),
         Row(Regime.HS, "privileged_student", "reverse_kl", "top_k", beta_light),
-    ], by_advantage_gap, ("privileged_teacher", "privileged_student"), anchor_decay)
+    ], route, ("privileged_teacher", "privileged_student"), anchor_decay)
 
 
 RECIPES = {
@@ -390,8 +389,7 @@ def dopd_loss(student: torch.Tensor, privileged_teacher: torch.Tensor, privilege
 
 # -------------------------------------------------------------------------------------------------- 6. training step
 def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: list[dict], config: Config) -> dict:
-    """One optimizer step on these rows, in the paper's order: sample, score, route, learn. Returns its metrics. Among
-    them are four rollouts: prompt, tokens, their regimes, and their probabilities under each policy in router_reads."""
+    """One optimizer step on these rows, in the paper's order: sample, score, route, learn. Returns its metrics."""
     # 1. The student samples its own completions, without the hint.
     student, rows = policies["student"], [row for row in rows for _ in range(config.rollouts)]
     completions = rollout(student, rows, config.micro_batch)
@@ -399,12 +397,13 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
     lengths = torch.tensor([len(completion) for completion in completions], device=tokens.device)
     # 2. The other policies score the same tokens, without gradient, before the student learns from any of them.
     names = sorted({row.source for row in recipe.rows} | {*recipe.router_reads})
+    require({*names} <= {*policies}, f"a source, or router_reads, of the recipe: {names}; there are {sorted(policies)}")
     with torch.no_grad():
         sources = {name: score(policies[name], rows, completions, config.micro_batch) for name in names}
     scores = {name: token_scores(sources[name], tokens) for name in recipe.router_reads}
     # 3. Averages over the whole batch decide where each token goes.
     regimes, weights = assign(recipe, scores, lengths)                   # (N,), (R, N)
-    # 4. The student learns, one micro-batch after the other.
+    # 4. The student learns, one micro-batch after the other. The weights of all other tokens are 0 there.
     total, entropies, end, size = 0.0, [], 0, config.micro_batch or len(rows)
     for i in range(0, len(rows), size):
         start, end = end, end + int(lengths[i:i + size].sum())            # its tokens among the N
@@ -531,7 +530,8 @@ def read_rows(config: Config) -> list[dict]:
     """The rows of --data, with a hint of the form that was asked for."""
     path, given = Path(config.data), f"--data {config.data}"
     kind = path.suffix[1:].replace("jsonl", "json") if path.is_file() else config.data
-    with explained(given if path.exists() else f"{given}, not on this disk"):     # what is may have changed since then
+    require(path.exists() or path.suffix not in (".jsonl", ".json", ".csv", ".parquet"), f"{given}: no such file")
+    with explained(given if path.exists() else f"{given}, not on this disk"):     # a file may have changed since then
         table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
                                       download_mode="force_redownload" if path.exists() else None)
     for number, row in enumerate(rows := table.to_list(), 1):
@@ -550,30 +550,30 @@ def with_hint(row: dict, form: str, template: str) -> str:
 
 def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None:
     """Adds to every row what the policies read, in token ids: "plain", its prompt; "hinted", its prompt with the hint.
-    Prints both for the first row: contexts that differ by accident are the commonest fault in the field."""
+    Prints both for the first row, since it is easy to make them differ by more than the hint."""
     chat, options = bool(tokenizer.chat_template), model.generation_config
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - options.max_new_tokens
-    see = getattr(tokenizer, "read", lambda rows, form, texts: tokenizer(texts, add_special_tokens=not chat).input_ids)
+    ids_of = getattr(tokenizer, "read", lambda _, form, texts: tokenizer(texts, add_special_tokens=not chat).input_ids)
     for key, read in (("plain", "none"), ("hinted", form)):
         texts = [with_hint(row, read, template) for row in rows]
-        turns = [[{"role": "user", "content": prompt}] for prompt in texts]
-        with explained("chat template of the student"):
-            rendered = texts if not chat else tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        with explained("the student's tokenizer or chat template, on the prompts"):
+            rendered = texts if not chat else tokenizer.apply_chat_template([[{"role": "user", "content": prompt}] for
+                prompt in texts], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            tokens = ids_of(rows, read, rendered)
         print(f"first row, {key}: {rendered[0]!r}")
-        for row, seen, ids in zip(rows, rendered, see(rows, read, rendered)):
+        for row, shown, ids in zip(rows, rendered, tokens):
             row[key] = ids[:-1] if ids and ids[-1] in options.eos_token_id else ids        # some tokenizers end a text
-            require(all(part.strip() in seen for part in (row["prompt"], row["hints"][read])),
+            require(all(part.strip() in shown for part in (row["prompt"], row["hints"][read])),
                     f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
-            require(0 < len(row[key]) <= room and max(ids) < model.vocabulary,
-                    f"{row['prompt'][:50]!r}: {len(row[key])} tokens (--max_new_tokens leaves {room}), or unknown")
+            require(0 < len(row[key]) <= room and max(ids) < model.vocabulary, f"{row['prompt'][:50]!r}: "
+                    f"{len(row[key])} tokens, where --max_new_tokens leaves {room}, or a token that the model lacks")
 
 
 def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
     """Tokenizer, teacher and student, with one vocabulary. The weights of the student are always float32."""
     models, words, ends = [], [], {None}
     for role, name, dtype in (("teacher", config.teacher, config.dtype), ("student", config.student, "float32")):
-        with explained(f"--{role} {name}, --device {config.device}"):
+        with explained(f"--{role} {name} as {auto.__name__}, --device {config.device}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model, loading = auto.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
             models.append(model.to(config.device).eval())
@@ -614,7 +614,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
             [task.problem(rng) for _ in range(12_000)])
     if config.data and "image" in rows[0]:
         sys.modules["dopd"] = sys.modules[__name__]        # what vision.py imports, even where this runs as a script
-        with explained(f"--data {config.data}: an image needs tiny_tasks/vision.py beside dopd.py"):
+        with explained(f"--data {config.data}: for its images, dopd.py needs tiny_tasks/vision.py"):
             from tiny_tasks import vision
         task = vision.with_eyes(task, rows, config)
     if not saved:
@@ -622,7 +622,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
         for row in rows:                   # by its prompt: no prompt is both trained on and tested
             draw = random.Random(row.get("split_by", row["prompt"])).random()
             splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
-        require(len(splits) == 3, f"--data or task: {len(rows)} rows hold too few prompts for train, validation, test")
+        require(len(splits) == 3, f"--data or task: {len(rows)} rows: too few to be split by chance, 70, 15 and 15%")
         with explained(f"--out {config.out}"):
             Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
         config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")
@@ -663,7 +663,7 @@ def run(config: Config, saved: dict | None = None) -> list[dict]:
                 rows = [order[(step * config.batch_size + i) % len(order)] for i in range(config.batch_size)]
                 optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * math.cos(math.pi * step / config.steps))
                 log.append({"recipe": name, "step": step + 1} | distill_step(recipe, policies, optimizer, rows, config))
-                for average, weight in zip(anchor.parameters(), student.parameters()):
+                for average, weight in zip(anchor.parameters(), student.parameters()):       # the same, if it is live
                     average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                     validation = splits["validation"][:256]

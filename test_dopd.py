@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import dopd
-from dopd import Policy, Recipe, Regime, Row
+from dopd import Policy, Recipe, Regime, Row, Scores
 from tiny_tasks import vision
 
 
@@ -126,9 +126,13 @@ def test_divergences_by_hand_and_tokens_that_are_ruled_out():
     assert dopd.js_divergence(student, alone).item() < math.log(2)                # its bound
 
 
+def routed(teacher, student):
+    return dopd.route({"privileged_teacher": Scores(teacher, None), "privileged_student": Scores(student, None)})
+
+
 def route(q_teacher, q_student):
     logp = torch.tensor([q_teacher, q_student], dtype=torch.float64).log()
-    return [Regime(regime).name for regime in dopd.route(*logp).tolist()]
+    return [Regime(regime).name for regime in routed(*logp).tolist()]
 
 
 def test_regimes_ties_and_outliers_by_hand():
@@ -149,12 +153,11 @@ def test_regimes_ties_and_outliers_by_hand():
 def test_route_token_by_token_and_very_many_at_once():
     """Catches averages in bfloat16, which are coarse, and torch.quantile with its 16 million."""
     for _ in range(5):
-        teacher, student = torch.log(torch.rand(2, 40, dtype=torch.float64) * 0.98 + 0.01)
-        names = [Regime(regime).name for regime in dopd.route(teacher, student).tolist()]
-        assert names == naive_route(teacher.exp().tolist(), student.exp().tolist()) and {*names} == {*TABLE}
+        teacher, student = (torch.rand(2, 40, dtype=torch.float64) * 0.98 + 0.01).tolist()
+        assert route(teacher, student) == naive_route(teacher, student) and {*route(teacher, student)} == {*TABLE}
     teacher, student = torch.log(torch.rand(2, 5000) + 0.01).bfloat16()
-    assert torch.equal(dopd.route(teacher, student), dopd.route(teacher.double(), student.double()))
-    assert torch.bincount(dopd.route(*-torch.rand(2, 17_000_000))).min() > 1e6
+    assert torch.equal(routed(teacher, student), routed(teacher.double(), student.double()))
+    assert torch.bincount(routed(*-torch.rand(2, 17_000_000))).min() > 1e6
 
 
 @pytest.mark.parametrize("light, weak, flags", [(0.6, 0.3, {}), (2.0, 0.1, {"beta_light": 2.0, "beta_weak": 0.1})])
@@ -515,10 +518,10 @@ def test_own_data_is_read_anew_and_the_student_never_sees_the_hint(pair):
 FILES = {"text": ["hello"], "few": SUMS[:1] * 9, "null": [*SUMS[:2], SUMS[2] | {"answer": None}]}
 MODELS = {"cut": "Qwen3", "other": "Qwen3", "capped": "Gemma2", "dropout": "GPT2"}
 BAD = {                                              # flags: words of the line
-    "--lr nan": "--lr", "--recipe dop": "--recipe dop dopd_frozen", "--step 1": "--step", "--hint all": "--hint steps",
+    "--lr nan": "--lr", "--recipe dop": "--recipe dop: dopd_frozen", "--step 1": "--step", "--hint all": "--hint steps",
     "--data sums.jsonl": "--data --teacher", "--teacher x": "--student", "--resume .": "--resume checkpoint",
     "--resume . --steps 9": "--resume other flag", "PAIR --hint_template {prompt}": "--hint_template hint",
-    "PAIR --answer_regex (": "--answer_regex", "PAIR --out other": "--out other", "PAIR --recipe odd": "row topk",
+    "PAIR --answer_regex (": "--answer_regex", "PAIR --out other": "--out other", "PAIR --recipe odd": "odd topk",
     "PAIR --student cut": "--student cut up_proj", "PAIR --student other": "--teacher --student tokenizer",
     "PAIR --student capped": "capped: not supported", "PAIR --max_new_tokens 500": "What is 0 --max_new_tokens",
     "PAIR --student dropout --gradient_checkpointing": "dropout: not supported", "PAIR --data few.jsonl": "few",

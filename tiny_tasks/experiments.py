@@ -2,7 +2,7 @@
 
     pip install -r tiny_tasks/requirements.txt
     python tiny_tasks/experiments.py shortcut rules    # names of EXPERIMENTS, or all; two at a time
-    python tiny_tasks/experiments.py --draw            # tables and figures again, from the CSV files that are there
+    python tiny_tasks/experiments.py --draw            # only tables and figures, from the CSV files that are there
 
 A run is one seed of one setting: its own tiny policies, then every recipe. It goes into runs/NAME/SETTING-seedN. A
 finished run is not repeated: delete its folder after changing the code. To add one, add an entry to EXPERIMENTS.
@@ -48,7 +48,7 @@ class Experiment(NamedTuple):
     settings: dict                 # label: flags of dopd.py, or what `run` takes out of them; up to a colon: its column
     recipes: list[str]
     seeds: range = range(3)
-    start: bool = False            # from the tiny policies of shortcut and rules
+    start: bool = False            # from the tiny policies of shortcut and rules: run these first
 
 
 # Twenty pairs of neighbouring names, and the prompts that have one.
@@ -100,20 +100,21 @@ for name, source in (("vanilla", "teacher"), ("privileged_teacher", "privileged_
     OTHERS[f"{name}, sampled token"] = dopd.Recipe([row], None, ("student", source))
 
 
-def z_scored(teacher, student):
+def z_scored(scores):
     """The paper's router, but q_T and q_S are divided by their deviations before their sum tells LH from LL."""
-    regimes, both = BEFORE["route"](teacher, student), sum(q / q.std() for q in (teacher.exp(), student.exp()))
+    regimes, both = dopd.route(scores), sum(score.logp.exp() / score.logp.exp().std() for score in scores.values())
     return torch.where(regimes <= dopd.Regime.LL, (both < both.mean()).long(), regimes)      # LH is 0, LL is 1
 
 
-# What stands in for a function of dopd.py in training: where the paper is silent, the choice that we did not make.
-STAND_INS = {f"{name}, {choice}": stand_in for choice, stand_in in {
-    "no tail": {"top_k_with_tail": lambda *given: [logp[..., :-1] for logp in BEFORE["top_k_with_tail"](*given)]},
-    "source's top-K": {"top_k_with_tail": lambda own, source, k: BEFORE["top_k_with_tail"](source, own, k)[::-1]},
-    "outliers averaged": {"route": lambda teacher, student: BEFORE["route"](teacher, student, kept=100)},
-    "z-scores": {"route": z_scored}}.items() for name in ("dopd", "dopd_frozen")}
-OTHERS |= {name: dopd.RECIPES[name.split(",")[0]]._replace() for name in STAND_INS}        # copies
-STAND_INS["sft"] = {"rollout": lambda _, rows, size: [[*map(TOKENS.index, row["answer"]), 0] for row in rows]}
+# Functions of dopd.py that another one stands in for during a training step.
+STAND_INS = {"sft": {"rollout": lambda _, rows, size: [[*map(TOKENS.index, row["answer"]), 0] for row in rows]}}
+for name in ("dopd", "dopd_frozen"):
+    OTHERS |= {f"{name}, outliers averaged": dopd.RECIPES[name]._replace(router=lambda scores: dopd.route(scores, 100)),
+               f"{name}, z-scores": dopd.RECIPES[name]._replace(router=z_scored)}
+    for choice, top_k in (("no tail", lambda *given: [logp[..., :-1] for logp in BEFORE["top_k_with_tail"](*given)]),
+                          ("source's top-K", lambda own, source, k: BEFORE["top_k_with_tail"](source, own, k)[::-1])):
+        OTHERS[f"{name}, {choice}"] = dopd.RECIPES[name]._replace()     # a copy, to be told apart
+        STAND_INS[f"{name}, {choice}"] = {"top_k_with_tail": top_k}
 dopd.RECIPES |= OTHERS
 
 METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]
@@ -371,7 +372,6 @@ CLAIMS = [
     ("DOPD beats its own regimes dealt by chance", "-", "dopd", "by chance"),
     ("a frozen anchor beats the live one", "-", "dopd_frozen", "dopd"),
     ("where_unsure (ours) beats the privileged teacher", "-", "where_unsure", "privileged_teacher"),
-    ("DOPD beats supervised learning on right solutions", "-", "dopd", "sft"),
 ]
 
 

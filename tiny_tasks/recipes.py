@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # not needed in a script beside dopd.py
 
 import dopd as engine  # noqa: E402
-from dopd import RECIPES, Recipe, Regime, Row, by_advantage_gap, dopd  # noqa: E402
+from dopd import RECIPES, Recipe, Regime, Row, dopd, route  # noqa: E402
 
 VANILLA = RECIPES["vanilla"].rows[0]
 PRIVILEGED = RECIPES["privileged_teacher"].rows[0]
@@ -42,7 +42,7 @@ def dopd_half(w: float = 0.5, anchor_decay: float = 0.0) -> Recipe:
             rows += [row._replace(weight=w * row.weight), row._replace(source="teacher", weight=(1 - w) * row.weight)]
         else:
             rows.append(row)
-    return Recipe(rows, by_advantage_gap, BOTH_READ, anchor_decay)
+    return Recipe(rows, route, BOTH_READ, anchor_decay)
 
 
 RECIPES |= {"half": half(), "half_25": half(0.25), "half_75": half(0.75),
@@ -112,13 +112,13 @@ for objective in ("forward_kl", "reverse_kl", "js"):
 
 
 # Table 8: DOPD with one part taken away. ("Without the student" is HT+LH; "not advantage-aware" is js top_k.)
-def changed(router=by_advantage_gap, **fields) -> Recipe:
+def changed(router=route, **fields) -> Recipe:
     return dopd()._replace(rows=[row._replace(**fields) for row in dopd().rows], router=router)
 
 
 def by_chance(scores) -> torch.Tensor:
     """DOPD's regimes in their shares, dealt out to the tokens by chance: all of the method but the routing."""
-    regimes = by_advantage_gap(scores)
+    regimes = route(scores)
     return regimes[torch.randperm(len(regimes), device="cpu").to(regimes.device)]
 
 
@@ -128,7 +128,7 @@ RECIPES["one support"] = changed(support="top_k")
 RECIPES["by chance"] = changed(router=by_chance)
 RECIPES["without hint"] = Recipe(
     [row._replace(source=row.source.removeprefix("privileged_")) for row in dopd().rows],
-    lambda scores: by_advantage_gap({f"privileged_{name}": scores[name] for name in scores}), ("teacher", "student"))
+    lambda scores: route({f"privileged_{name}": scores[name] for name in scores}), ("teacher", "student"))
 
 
 # Figure 4: vanilla without a fifth of the tokens.
