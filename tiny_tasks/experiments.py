@@ -156,7 +156,7 @@ EXPERIMENTS = {
         "privileged_teacher", "privileged_student", "dopd", "dopd_frozen", HINTED], start=True),
     "smollm2": Experiment({"SmolLM2-135M-Instruct": {                   # results/README.md: how to get it
         "teacher": "runs/smollm2", "student": "runs/smollm2", "data": "runs/examples.jsonl", "steps": 10, "lr": 1e-5,
-        "batch_size": 4, "top_k": 128, "max_new_tokens": 64, "answer_regex": r"\d+"}}, METHODS[1:]),
+        "batch_size": 4, "top_k": 128, "max_new_tokens": 64, "answer_regex": r"\d+"}}, METHODS[1:], range(1)),
 }
 
 
