@@ -336,10 +336,10 @@ def methods(known: pandas.DataFrame) -> pandas.DataFrame:
     return pandas.concat(parts, axis=1)
 
 
-def grid(frame: pandas.DataFrame, column: str = "exact match") -> pandas.DataFrame:
-    """A line per method, a column per setting."""
+def grid(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Exact match: a line per method, a column per setting."""
     trained = frame[~frame.policy.isin(["student before", "teacher"])].replace({"setting": {": .*": ""}}, regex=True)
-    return trained.pivot_table(index="policy", columns="setting", values=column, aggfunc=spread, sort=False)
+    return trained.pivot_table(index="policy", columns="setting", values="exact match", aggfunc=spread, sort=False)
 
 
 def landed(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -415,7 +415,7 @@ def draw() -> None:
         "verdicts": verdicts(known), "methods": methods(known), "audit": landed(frames["audit"]),
         "summary": methods(known).loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
         "cost": frames["cost"].groupby("policy", sort=False).agg(spread),
-        "vision, entropy": grid(runs["vision"], "entropy, wild (best 1.28)")}
+        "rates, sizes": grid(pandas.concat([runs["rates"], runs["sizes"]]))}
     for file in (ROOT / "README.md", RESULTS / "README.md"):
         text = file.read_text()
         for name, frame in tables.items():
