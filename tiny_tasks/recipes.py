@@ -55,8 +55,8 @@ class Teacher(IntEnum):
 
 
 def needs_the_hint(scores) -> torch.Tensor:
-    """Unsure without the hint (half a nat of entropy or more), and the hint does not make the token 20 times likelier:
-    such a token is explained by the hint alone."""
+    """UNSURE: the teacher without the hint is unsure (half a nat of entropy or more). SURE: all other tokens, and those
+    that the hint makes 20 times likelier, since they are explained by the hint alone."""
     plain, hinted = scores["teacher"], scores["privileged_teacher"]
     return torch.where((plain.entropy > 0.5) & (hinted.logp - plain.logp < 3), Teacher.UNSURE, Teacher.SURE)
 

@@ -3,10 +3,10 @@
     python tiny_tasks/vision.py                        # the CPU experiment; --hint box: the hint is in the picture
     python dopd.py --teacher Qwen/Qwen3-VL-8B-Instruct --student Qwen/Qwen3-VL-2B-Instruct --data my.jsonl
 
-An "image" is a path, seen from the folder of my.jsonl, or what else datasets.Image reads: then dopd.py comes here by
-itself. The privileged policies see "hinted_image" in its place, where there is one: the same picture with a box drawn
-in, say. The "hint" may then be "". No placeholder stands in the prompt. Real models need pillow, and most of them
-torchvision.
+An "image" is a path, seen from the folder of my.jsonl, or anything that datasets.Image reads. If the first row has one,
+dopd.py calls `with_eyes` below. The privileged policies see the "hinted_image" of a row in its place, if there is one:
+the same picture with a box drawn in, say; then the "hint" may be "". Do not write an image placeholder into the prompt.
+Real models need pillow, and most of them torchvision.
 """
 
 import sys
@@ -43,7 +43,7 @@ def picture(row: dict, form: str):
 
 
 def looking(see, hint: str = "none", placeholder: int | None = None):
-    """`model.look`, from see(row, form of the hint). The rows of the warm start, which have no two prompts, tell it."""
+    """`model.look`, from see(row, form of the hint). The rows of the warm start tell the form themselves."""
     def look(rows, reads, ids) -> dict:
         seen = {key: see(row, row.get("form", hint if reads == "hinted" else "none"))
                 for key, row in {id(row): row for row in rows}.items()}           # the rollouts of a row look once
