@@ -54,7 +54,7 @@ class Config:
     top_k: int = HfArg(default=4, help="tokens in the top-K support, besides the tail; paper: 128")
     teacher: str = HfArg(default="", help="Hugging Face causal LM, name or folder; empty: a tiny one learns the task")
     student: str = HfArg(default="", help="the same for the student; both share one tokenizer")
-    data: str = HfArg(default="", help="what datasets.load_dataset opens, with columns prompt, answer, hint or hints")
+    data: str = HfArg(default="", help="what datasets.load_dataset opens: prompt, answer, hint or hints, maybe image")
     hint_template: str = HfArg(default="", help="what a privileged policy reads, with {hint} and {prompt}")
     answer_regex: str = HfArg(default="", help="its last match (or group) in a completion is the answer; empty: all")
     max_new_tokens: int = HfArg(default=0, help="tokens of the longest completion; 0: the task's, 512 for --data")
