@@ -415,14 +415,14 @@ def draw() -> None:
         "verdicts": verdicts(known), "methods": methods(known), "audit": landed(frames["audit"]),
         "summary": methods(known).loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
         "cost": frames["cost"].groupby("policy", sort=False).agg(spread),
-        "rates, sizes": grid(pandas.concat([runs["rates"], runs["sizes"]]))}
+        "rates, sizes": grid(pandas.concat([runs["rates"], runs["sizes"]])), "runs": pandas.DataFrame({
+            name: {"seeds": frame.seed.nunique(), "commit": " ".join(sorted({*frame.commit})),
+                   "minutes of one core": round(frame.groupby(["setting", "seed"]).seconds.first().sum() / 60)}
+            for name, frame in runs.items()}).rename_axis("experiment")}
     for file in (ROOT / "README.md", RESULTS / "README.md"):
         text = file.read_text()
         for name, frame in tables.items():
             table = frame.reset_index().fillna("").to_markdown(tablefmt="github", disable_numparse=True, index=False)
-            if name in runs:
-                minutes = runs[name].groupby(["setting", "seed"]).seconds.first().sum() / 60
-                table += f"\n\n*{minutes:.0f} minutes of one core; commit {', '.join(sorted({*runs[name].commit}))}.*"
             begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
             text = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
         file.write_text(text)
