@@ -285,8 +285,8 @@ def curves(name: str) -> pandas.DataFrame:
 
 
 def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
-    """Seconds of a step of `shortcut`: all methods in turn in one process, and TRL's trainer with the same policies and
-    prompts, without the hint. Needs the policies of shortcut, and nothing else running."""
+    """How long a step of `shortcut` takes: all methods in turn in one process, and TRL's trainer with the same policies
+    and prompts, without the hint. Needs the policies of shortcut, and nothing else running."""
     here, task, rng = folder_of("shortcut", "shortcut", 0), dopd.TASKS["shortcut"], random.Random(0)
     config, lines = dopd.Config(teacher=str(here / "teacher"), student=str(here / "student")), []
     tokenizer, teacher, student = dopd.load(config, task.max_new_tokens)
@@ -306,7 +306,7 @@ def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
                 dopd.distill_step(dopd.RECIPES[name], policies, adamw, rows[i:i + 32], config)
         else:
             trainer.train()
-        lines.append({"policy": name, "seconds of a step": (time.time() - begun) / steps})
+        lines.append({"policy": name, "milliseconds of a step": 1000 * (time.time() - begun) / steps})
     return pandas.DataFrame(lines)
 
 
