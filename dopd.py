@@ -101,7 +101,7 @@ def explained(given: str):
 
 # ------------------------------------------------------------------------------------------------------- 2. tasks
 # A task makes rows, {"prompt": str, "answer": str, "hints": {form: str}}; lets authors write solutions, from which the
-# tiny policies learn before any distillation; checks a completion; and grades its tokens.
+# tiny policies learn before any distillation; checks a completion; and grades its tokens. More hooks: see vision.py.
 class Author(NamedTuple):
     """Writes solutions, with gaps and slips of its own. A tiny model learns from them."""
     layers: int                 # of the model
@@ -417,12 +417,12 @@ def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: l
     require(math.isfinite(total + norm), f"loss {total}, gradient {norm}: not finite; try a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
-    of_tokens = [regimes, *(each.logp.exp().cpu().double().round(decimals=3) for each in scores.values())]
-    shown = zip([row["prompt"] for row in rows], completions,
-                *([part.tolist() for part in each.split(lengths.tolist())] for each in of_tokens))
+    of_tokens = (each.split(lengths.tolist()) for each in (regimes, *(each.logp.exp() for each in scores.values())))
+    shown = [*zip(rows, completions, *of_tokens)][::config.rollouts][:4]
     return {"loss": total, "entropy": torch.cat(entropies).mean().item(), "grad_norm": norm, "tokens": len(tokens),
             "regime_share": {row.regime.name: (regimes == row.regime).float().mean().item() for row in recipe.rows},
-            "rollouts": [*shown][::config.rollouts][:4]}
+            "rollouts": [(row["prompt"], ids, of_ids.tolist(), *(q.cpu().double().round(decimals=3).tolist()
+                                                                 for q in qs)) for row, ids, of_ids, *qs in shown]}
 
 
 # ------------------------------------------------------------------------------------------------------ 7. warm start

@@ -9,6 +9,7 @@ finished run is not repeated: delete its folder after changing the code. To add 
 """
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -37,6 +38,7 @@ import recipes  # noqa: E402
 import vision  # noqa: E402, F401  (adds its task)
 
 BEFORE = dict(vars(dopd))                                               # as it is before a run changes it
+KNOWN = [*dopd.RECIPES]                                                 # of dopd.py and recipes.py
 TOKENS = ["<eos>", *dopd.Rules.CHARACTERS]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
@@ -115,15 +117,13 @@ for name in ("dopd", "dopd_frozen"):
                           ("source's top-K", lambda own, source, k: BEFORE["top_k_with_tail"](source, own, k)[::-1])):
         OTHERS[f"{name}, {choice}"] = dopd.RECIPES[name]._replace()     # a copy, to be told apart
         STAND_INS[f"{name}, {choice}"] = {"top_k_with_tail": top_k}
-dopd.RECIPES |= OTHERS
+HINTED = "privileged_teacher, hinted student"                           # it reads the hint in training only
+dopd.RECIPES |= OTHERS | {HINTED: dopd.RECIPES["privileged_teacher"]._replace()}
 
 METHODS = ["vanilla", "privileged_teacher", "dopd", "dopd_frozen"]
 OURS = [*METHODS, "half", "where_unsure"]
-KNOWN = [name for name in dopd.RECIPES if name not in OTHERS]           # of dopd.py and recipes.py
 MAIN = [*KNOWN[:KNOWN.index("HT")], "by chance"]
 PARTS = [name for name in KNOWN[KNOWN.index("HT"):] if name not in ("LH+LL+HT+HS", "reverse_kl full", "by chance")]
-HINTED = "privileged_teacher, hinted student"                           # it reads the hint in training only
-dopd.RECIPES[HINTED] = dopd.RECIPES["privileged_teacher"]._replace()
 TASKS = {task: {"task": task, "test_prompts": 600} for task in ("shortcut", "rules")}
 EXPERIMENTS = {
     "shortcut": Experiment({"shortcut": {"task": "shortcut"}}, MAIN, range(5)),
@@ -178,7 +178,7 @@ def judge(rows, completions):
 
 def run(name: str, label: str, seed: int) -> None:
     """One run. Its log.txt has what it prints."""
-    experiment, folder = EXPERIMENTS[name], folder_of(name, label, seed)
+    experiment, folder, begun = EXPERIMENTS[name], folder_of(name, label, seed), time.time()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     flags = {"task": "shortcut", "recipe": experiment.recipes} | experiment.settings[label]
     task, dials = dopd.TASKS[flags["task"]], flags.pop("dials", None)
@@ -190,7 +190,6 @@ def run(name: str, label: str, seed: int) -> None:
         flags["student"] = flags["student"].format(seed=seed)
     shutil.rmtree(folder, ignore_errors=True)                           # an unfinished run begins anew
     folder.mkdir(parents=True)
-    begun = time.time()
 
     def score(policy, rows, completions, micro_batch=0):
         if policy.model in (sampled, judge):
@@ -293,18 +292,19 @@ def cost(_, rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
     dopd.encode(rows := [task.problem(rng) for _ in range(32 * steps)], tokenizer, student, task.hint_template, "steps")
     prompts = datasets.Dataset.from_list([{"prompt": row["prompt"]} for row in rows for _ in range(4)])
     flags = trl.DistillationConfig(str(here / "trl"), max_steps=steps, per_device_train_batch_size=128, bf16=False,
-                                   max_completion_length=7, save_strategy="no", disable_tqdm=True)
+        gradient_checkpointing=False, max_completion_length=7, save_strategy="no", disable_tqdm=True)
     for name in [*OURS, "vanilla in TRL"] * rounds:
-        learner = dopd.load(config, task.max_new_tokens)[2]
+        learner = copy.deepcopy(student)
         adamw, anchor = torch.optim.AdamW(learner.parameters(), 2e-4), learner if name == "dopd" else student
         policies = {"student": dopd.Policy(learner, "plain"), "privileged_student": dopd.Policy(anchor, "hinted"),
                     "teacher": dopd.Policy(teacher, "plain"), "privileged_teacher": dopd.Policy(teacher, "hinted")}
-        trainer = trl.DistillationTrainer(learner, teacher, flags, prompts, processing_class=tokenizer)
         begun = time.time()
         if name in dopd.RECIPES:
             for i in range(0, len(rows), 32):
                 dopd.distill_step(dopd.RECIPES[name], policies, adamw, rows[i:i + 32], config)
         else:
+            trainer = trl.DistillationTrainer(learner, teacher, flags, prompts, processing_class=tokenizer)
+            begun = time.time()
             trainer.train()
         lines.append({"policy": name, "milliseconds of a step": 1000 * (time.time() - begun) / steps})
     return pandas.DataFrame(lines)
@@ -410,15 +410,15 @@ def draw() -> None:
     """All figures, and all tables between <!-- NAME --> and <!-- /NAME --> in both READMEs, from the CSV files."""
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in RESULTS.glob("*.csv")}
     runs = {name: frames[name] for name in EXPERIMENTS if name in frames}
-    known = pandas.concat(runs.values()).drop_duplicates(["setting", "seed", "policy"])       # 160 steps come first
+    known = pandas.concat(runs[name] for name in ("shortcut", "rules", "parts", "others"))
+    known = known.drop_duplicates(["setting", "seed", "policy"])
     tables = {name: grid(frame) for name, frame in runs.items()} | {
-        "verdicts": verdicts(known), "methods": methods(known), "audit": landed(frames["audit"]),
-        "summary": methods(known).loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
+        "verdicts": verdicts(known), "methods": (everything := methods(known)), "audit": landed(frames["audit"]),
+        "summary": everything.loc[SUMMARY].filter(regex="exact match|seed by seed|skips|wild"),
         "cost": frames["cost"].groupby("policy", sort=False).agg(spread),
         "rates, sizes": grid(pandas.concat([runs["rates"], runs["sizes"]])), "runs": pandas.DataFrame({
-            name: {"seeds": frame.seed.nunique(), "commit": " ".join(sorted({*frame.commit})),
-                   "minutes of one core": round(frame.groupby(["setting", "seed"]).seconds.first().sum() / 60)}
-            for name, frame in runs.items()}).rename_axis("experiment")}
+            name: [frame.seed.nunique(), round(frame.groupby(["setting", "seed"]).seconds.first().sum() / 60)]
+            for name, frame in runs.items()}, ["seeds", "minutes of one core"]).rename_axis("experiment")}
     for file in (ROOT / "README.md", RESULTS / "README.md"):
         text = file.read_text()
         for name, frame in tables.items():
