@@ -1,698 +1,1096 @@
 """DOPD, Dual On-policy Distillation (arXiv 2606.30626), in one file to be read from top to bottom.
 
-A student samples its own answers, and a stronger teacher grades every token of them. During training both may read a
-hint that the student will not see later. For each token DOPD asks: if the student could read the hint too, would it
-agree with the teacher? If yes, a light correction is enough. If no, the one that is surer of the token teaches it.
+A student samples its own answers, and a stronger teacher grades every token of them. In training
+both may read a hint that the student will not see later. For each token DOPD asks: if the student
+could read the hint too, would it agree with the teacher? If yes, a light correction is enough. If
+no, the one that is surer of the token teaches it.
 
-    python dopd.py                       # the CPU experiment: minutes, then look into runs/
-    python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda      # see README.md
+    python dopd.py      # the CPU experiment: minutes, then look into runs/
+    python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda
 
-Shapes: B completions; T tokens in the longest one; N tokens in all of them, joined end to end without padding; V tokens
-in the vocabulary; H hidden size; R rows of a recipe. All logarithms are natural; divergences and gaps are in nats.
+Shapes: B completions have N tokens in all, joined end to end; V words are in the vocabulary; H is
+the hidden size; a recipe has R terms. Logarithms are natural; divergences and gaps are in nats.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
 import random
-import re
+import shlex
 import sys
-import tempfile
+import time
+from collections import namedtuple
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+
+# Else the threads of tiny models spin while they wait for one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
+import matplotlib
 import pandas
+import regex
 import tokenizers
 import torch
 import transformers
-from matplotlib import pyplot
-from rich import console, markdown, text
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+
+matplotlib.use("agg")  # no window, whatever a notebook asks for
+TASKS, RECIPES = {}, {}  # filled below, and by scripts that add their own
 
 
-# ------------------------------------------------------------------------------------------------------ 1. config
+def flag(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
 @dataclass
 class Config:
     """All flags. The defaults are the CPU experiment."""
-    task: str = HfArg(default="shortcut", help="synthetic task of the tiny policies: shortcut or rules")
-    recipe: list[str] = HfArg(default_factory=lambda: [*RECIPES][:4], help="one or more methods to compare")
-    hint: str = HfArg(default="steps", help="form of the hint; of the tiny tasks: steps or none")
-    seed: int = HfArg(default=0, help="of the warm start, the rollouts and the order of the data")
-    steps: int = HfArg(default=160, help="optimizer steps; 0 evaluates only; paper: 200")
-    batch_size: int = HfArg(default=32, help="prompts per optimizer step; paper: 128")
-    rollouts: int = HfArg(default=4, help="completions sampled per prompt; paper: 4")
-    micro_batch: int = HfArg(default=0, help="completions per forward pass, 0 for all; bounds the memory")
-    lr: float = HfArg(default=2e-4, help="peak learning rate, cosine to a tenth; paper: 5e-6")
-    top_k: int = HfArg(default=4, help="tokens in the top-K support, besides the tail; paper: 128")
-    teacher: str = HfArg(default="", help="Hugging Face causal LM, name or folder; empty: a tiny one learns the task")
-    student: str = HfArg(default="", help="the same for the student; both share one tokenizer")
-    data: str = HfArg(default="", help="what datasets.load_dataset opens: prompt, answer, hint or hints, maybe image")
-    hint_template: str = HfArg(default="", help="what a privileged policy reads, with {hint} and {prompt}")
-    answer_regex: str = HfArg(default="", help="its last match (or group) in a completion is the answer; empty: all")
-    max_new_tokens: int = HfArg(default=0, help="tokens of the longest completion; 0: the task's, 512 for --data")
-    device: str = HfArg(default="cpu", help="cpu, cuda, cuda:1, mps")
-    dtype: str = HfArg(default="float32", help="of the computation", metadata={"choices": ["float32", "bfloat16"]})
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory, more time: layers are computed twice")
-    eval_every: int = HfArg(default=40, help="steps between validations, each with a checkpoint")
-    test_prompts: int = HfArg(default=1200, help="prompts of the final test; a validation takes at most 256")
-    out: str = HfArg(default="", help="folder of the run; empty: a new one in runs/")
-    resume: str = HfArg(default="", help="go on with the run in this folder, with the flags that it was started with")
 
-    def __post_init__(self):
-        require(self.task in TASKS, f"--task {self.task}: must be one of {', '.join(TASKS)}")
-        require({*self.recipe} <= {*RECIPES}, f"--recipe {' '.join(self.recipe)}: choose from {', '.join(RECIPES)}; "
-                "for other recipes, run the script that adds them, such as tiny_tasks/recipes.py")
-        for name, row in [(name, row) for name in self.recipe for row in RECIPES[name].rows]:
-            require(row.objective in DIVERGENCES and row.support in ("full", "top_k"),
-                    f"--recipe {name}: objective: {', '.join(DIVERGENCES)}; support: full, top_k; but there is {row}")
-            require(RECIPES[name].router or row.regime == Regime.ALL, f"--recipe {name}: no router for {row}")
-        for name, value in vars(self).items():
-            least = 1 if name.endswith(("_size", "rollouts", "top_k", "_every", "_prompts")) else 0
-            require(isinstance(value, (str, list)) or least <= value < math.inf, f"--{name} {value}: at least {least}")
-        require(bool(self.teacher) == bool(self.student) and (self.teacher or not self.data),
-                "--teacher and --student: give both, or none; --data: needs both")
-        with explained(f"--answer_regex {self.answer_regex}"):
-            require(re.compile(self.answer_regex).groups <= 1, "--answer_regex: has more than one group")
+    task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
+    recipe: list[str] = flag(
+        None, "methods to compare; if not given: all of dopd.py", choices=RECIPES
+    )
+    seed: int = flag(0, "of the warm start, the rollouts and the order of the data")
+    steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
+    batch_size: int = flag(32, "prompts per optimizer step; paper: 128")
+    rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
+    micro_batch: int = flag(10_000, "completions per forward pass; bounds the memory")
+    lr: float = flag(2e-4, "peak learning rate, cosine to a tenth; paper: 5e-6")
+    top_k: int = flag(4, "words in the top-K support, besides the tail; paper: 128")
+    teacher: str = flag("", "Hugging Face model, name or folder; empty: a tiny one")
+    student: str = flag("", "the same for the student; both share one tokenizer")
+    data: str = flag("", "JSON, JSONL, CSV, Parquet or Hub name, with prompt, answer and hint")
+    hint_template: str = flag("{prompt}\n\nHint: {hint}", "what privileged policies read of --data")
+    answer_regex: str = flag("(?s).+", "its last match (or group) in a completion is the answer")
+    max_new_tokens: int = flag(512, "of the longest completion for --data")
+    device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
+    dtype: str = flag("float32", "of the computation", choices=("float32", "bfloat16"))
+    gradient_checkpointing: bool = flag(False, "less memory, more time")
+    eval_every: int = flag(40, "steps between validations, each with a checkpoint")
+    test_prompts: int = flag(1200, "prompts of the final test")
+    out: str = flag("", "folder of the run; empty: a new one in runs/")
+    resume: str = flag("", "go on with the run in this folder, with its flags")
 
 
-def require(condition, message: str) -> None:
-    """Unless the condition holds: what the user gave cannot be used. Exits with this line on stderr, and code 2."""
-    if not condition:
-        print(f"dopd.py: {message}", file=sys.stderr)
-        sys.exit(2)
+class UserError(Exception):
+    """A mistake of the user: `main` prints it in one line and exits with code 2."""
 
 
 @contextmanager
-def explained(given: str):
-    """Exits in the same way if a library raises an exception in this block."""
+def blame(what: str):
+    """An error of a library in this block becomes a UserError about `what`."""
     try:
         yield
     except Exception as error:
-        require(False, f"{given}: {type(error).__name__}: {' '.join(str(error).split())[:240]}")
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------- 2. tasks
-# A task makes rows, {"prompt": str, "answer": str, "hints": {form: str}}; lets authors write solutions, from which the
-# tiny policies learn before any distillation; checks a completion; and grades its tokens. More hooks: see vision.py.
+# --- tasks: rows of prompt, answer and hint; authors that write solutions; grades of completions
 class Author(NamedTuple):
-    """Writes solutions, with gaps and slips of its own. A tiny model learns from them."""
-    layers: int                 # of the model
-    hinted: float               # share of the solutions that are written with the hint
-    knows: int                  # how many of the ten stable names need no hint; the others are guessed
-    slips: float = 0.0          # share of wrong sums, one too high, among those that pass 9
-    skips_hinted: float = 0.0   # share of the solutions that skip the working, where there is a hint
-    skips: float = 0.0          # and where there is none
+    """Writes the solutions that a tiny model learns from."""
+
+    layers: int  # of the model
+    hinted: float  # share of the solutions that are written with the hint
+    knows: int  # how many of the ten stable names it knows; it guesses the others
+    slips: float = 0.0  # share of wrong sums, one too high, among those that pass 9
+    skips_hinted: float = 0.0  # share of the solutions that leave out the steps, with the hint
+    skips: float = 0.0  # and without it
 
 
 class Rules(NamedTuple):
-    """`7fbk=` -> `967314`: start at 7, apply the rules named f, b and k; for each, write its digit and the new value.
-    A name stands for "add this digit, modulo 10". Ten stable names always mean the same digit, so they can be learned.
-    Three wild names mean another digit in every problem: only the hint tells it, and without the hint it is a guess.
-    An author that skips the working writes only `=4`, the last value."""
+    """`7fbk=` -> `967314`: start at 7; the names f, b and k each add a digit, modulo 10. Write the
+    digit and the new value: 7+9=16, so 96; 6+7=13, so 73; 3+1=4, so 14. Ten stable names always
+    mean the same digit. Three wild names mean another one in every problem: without the hint `971`
+    it can only be guessed. A solution that skips the steps is `=4`, the last value."""
+
     teacher: Author
     student: Author
     hint_template: str = "{hint}|{prompt}"
     max_new_tokens: int = 7
-    names: int = 3              # in a prompt
-    CHARACTERS = "0123456789=|abcdefghijklm"
-    STABLE = dict(zip("abcdefghij", (3, 7, 1, 8, 5, 9, 2, 6, 4, 0)))
-    WILD = {"k": (1, 4, 6, 9), "l": (8, 2, 5, 3), "m": (0, 7, 3, 6)}      # with 40, 30, 20, 10%: 1.28 nats of entropy
+    length: int = 3  # names in a prompt
+    characters = "0123456789=|abcdefghijklm"
+    stable = dict(a=3, b=7, c=1, d=8, e=5, f=9, g=2, h=6, i=4, j=0)
+    wild = dict(k=(1, 4, 6, 9), l=(8, 2, 5, 3), m=(0, 7, 3, 6))  # with 40, 30, 20 and 10%
 
     def problem(self, rng: random.Random) -> dict:
-        start = rng.randrange(10)
-        names = "".join(rng.choice("klm" if rng.random() < 0.2 else "abcdefghij") for _ in range(self.names))
-        digits = self.recall(names, 10, rng)
-        worked = self.work(start, digits)
-        return {"prompt": f"{start}{names}=", "answer": worked, "hints": {"steps": worked[::2], "none": ""}}
+        start, names = rng.randrange(10), ""
+        for _ in range(self.length):
+            names += rng.choice("klm" if rng.random() < 0.2 else "abcdefghij")
+        answer = self.work(start, [self.digit(name, 10, rng) for name in names])
+        return {"prompt": f"{start}{names}=", "answer": answer, "hint": answer[::2]}
 
-    def recall(self, names: str, knows: int, rng: random.Random) -> list[int]:
-        """The digits that the names stand for, or a guess."""
-        return [rng.choices(self.WILD[name], (4, 3, 2, 1))[0] if name in self.WILD else
-                self.STABLE[name] if name in "abcdefghij"[:knows] else rng.randrange(10) for name in names]
+    def digit(self, name: str, knows: int, rng: random.Random) -> int:
+        """What a name stands for, or a guess."""
+        if name in self.wild:
+            return rng.choices(self.wild[name], weights=(4, 3, 2, 1))[0]
+        return self.stable[name] if name in "abcdefghij"[:knows] else rng.randrange(10)
 
     def work(self, value: int, digits: list[int], slips: float = 0.0, rng=random) -> str:
         written = ""
         for digit in digits:
-            value = (value + digit + (value + digit > 9 and rng.random() < slips)) % 10
+            slip = value + digit > 9 and rng.random() < slips
+            value = (value + digit + slip) % 10
             written += f"{digit}{value}"
         return written
 
-    def solution(self, row: dict, form: str, author: Author, rng: random.Random) -> str:
-        """What the author writes after the prompt, having read the hint of this form."""
-        start, digits = int(row["prompt"][0]), [int(digit) for digit in row["answer"][::2]]
-        if form == "none":
-            digits = self.recall(row["prompt"][1:-1], author.knows, rng)
-        worked = self.work(start, digits, author.slips, rng)
-        skips = author.skips if form == "none" else author.skips_hinted
+    def solution(self, row: dict, hinted: bool, author: Author, rng: random.Random) -> str:
+        """What the author writes after the prompt."""
+        digits = [int(digit) for digit in row["hint"]]
+        if not hinted:
+            digits = [self.digit(name, author.knows, rng) for name in row["prompt"][1:-1]]
+        worked = self.work(int(row["prompt"][0]), digits, author.slips, rng)
+        skips = author.skips_hinted if hinted else author.skips
         return f"={worked[-1]}" if rng.random() < skips else worked
 
-    def check(self, row: dict, completion: str) -> bool | None:
-        """Is it right? None where a wild name leaves only a guess: such prompts do not count."""
-        return None if set(row["prompt"]) & set(self.WILD) else completion in (row["answer"], f"={row['answer'][-1]}")
-
-    def grade(self, row: dict, tokens: list[str]) -> list[tuple[int, str, bool]]:
-        """(place, kind, yes or no): does the first token skip the working, and is each token of the working right?"""
-        grades, value = [(0, "skips", tokens[0] == "=")], row["prompt"][0]
-        for i, (digit, result, name) in enumerate(zip(tokens[::2], tokens[1::2], row["prompt"][1:-1])):
-            if tokens[0] != "=":
-                adds_up = f"{value}{digit}".isdigit() and result == str((int(value) + int(digit)) % 10)
-                grades.append((2 * i, "unlearnable" if name in self.WILD else "recall", digit == row["answer"][2 * i]))
-                grades.append((2 * i + 1, "execute", adds_up))            # even where the digit is wrong
-            value = result
+    def grade(self, row: dict, completion: str) -> dict[str, bool]:
+        """No exact match for a prompt with a wild name, where only a lucky guess is right."""
+        grades = {"skips": completion.startswith("=")}
+        if not {*row["prompt"]} & {*self.wild}:
+            grades["exact match"] = completion in (row["answer"], f"={row['answer'][-1]}")
         return grades
 
 
-class OwnData(NamedTuple):
-    """Rows of --data, for real models. The answer is the last match of a regular expression, or of its group."""
-    answer_regex: str
-    hint_template: str = "{prompt}\n\nHint: {hint}"
-    max_new_tokens: int = 512
-    grade = staticmethod(lambda row, tokens: [])                          # the true kind of a token is unknown
-
-    def check(self, row: dict, completion: str) -> bool:
-        return [found.strip() for found in re.findall(self.answer_regex, completion)][-1:] == [row["answer"].strip()]
+STRONG = Author(layers=3, hinted=0.5, knows=7)
+WEAK = Author(layers=2, hinted=0.3, knows=4, slips=0.6)
+TASKS["rules"] = Rules(STRONG, WEAK)  # nobody skips
+TASKS["shortcut"] = Rules(
+    STRONG._replace(skips_hinted=0.7), WEAK._replace(skips_hinted=0.05, skips=0.05)
+)
 
 
-STRONG, WEAK = Author(layers=3, hinted=0.5, knows=7), Author(layers=2, hinted=0.3, knows=4, slips=0.6)
-TASKS = {"rules": Rules(STRONG, WEAK),
-         "shortcut": Rules(STRONG._replace(skips_hinted=0.7), WEAK._replace(skips_hinted=0.05, skips=0.05))}
+class OwnData:
+    """Rows of --data, for real models."""
+
+    def __init__(self, config: Config):
+        self.hint_template, self.max_new_tokens = config.hint_template, config.max_new_tokens
+        with blame(f"--answer_regex {config.answer_regex}"):
+            self.pattern = regex.compile(config.answer_regex)
+            if self.pattern.groups > 1:
+                raise ValueError("more than one group; (?:...) is none")
+
+    def answer(self, text: str) -> str:
+        """The last match that is not empty; none in a text that takes the pattern too long."""
+        try:
+            matches = self.pattern.findall(text, timeout=1.0)
+        except TimeoutError:
+            matches = []
+        matches = [match.strip() for match in matches if match.strip()]
+        return matches[-1] if matches else ""
+
+    def grade(self, row: dict, completion: str) -> dict[str, bool]:
+        return {"exact match": self.answer(completion) == row["answer"].strip()}
+
+    def check_answer(self, row: dict, tokenizer) -> None:
+        """Refuses an answer that no completion can give: the tokenizer writes it differently, or
+        the pattern finds only a part of it."""
+        answer = row["answer"].strip()
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        found = self.answer(answer) or answer
+        if not answer == written == found:
+            raise UserError(
+                f"--data: no completion can give the answer {answer!r} to {row['prompt'][:50]!r}: "
+                f"the tokenizer writes {written!r}, --answer_regex finds {found!r}"
+            )
 
 
-# ---------------------------------------------------------------------------------- 3. policies: score and sample
-# A model, and which prompt it reads of a row, in token ids: "plain" (student, teacher), or "hinted" (privileged ones).
-# A model that sees pictures has a `model.look`, which gives its other inputs: rows, key, ids (B, L) -> {name: tensor}.
-Policy = NamedTuple("Policy", [("model", transformers.PreTrainedModel), ("reads", str)])
+# --- policies: score and sample
+# A model, and which token ids of a row it reads: "plain", or "hinted" if it is privileged.
+Policy = namedtuple("Policy", "model reads")
+
+# The four policies: (model, what it reads). The anchor is the student itself, or an older copy.
+POLICIES = {
+    "student": ("student", "plain"),
+    "privileged_student": ("anchor", "hinted"),
+    "teacher": ("teacher", "plain"),
+    "privileged_teacher": ("teacher", "hinted"),
+}
 
 
-def score(policy: Policy, rows: list[dict], completions: list[list[int]], micro_batch: int = 0) -> Callable:
-    """Log-probs of the N tokens of the completions, each after what the policy reads of its row. Returns a function
-    from an index (n,) to (n, V). It keeps only hidden states (N, H): (N, V) would be 70 times larger for Qwen3."""
-    model, hidden, size = policy.model, [], micro_batch or len(rows)
-    for i in range(0, len(rows), size):
-        prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", model.device)       # (B, P)
-        tokens, mask = pad(completions[i:i + size], "right", model.device)                               # (B, T)
-        ids = torch.cat([prompts, tokens[:, :-1]], 1)                     # (B, P+T-1): the last token predicts nothing
-        attention = torch.cat([real, mask[:, :-1]], 1).long()
-        positions = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-        inputs = model.look(rows[i:i + size], policy.reads, ids) if model.look else positions
-        states = model.base_model(ids, attention_mask=attention, use_cache=False, **inputs).last_hidden_state
-        hidden.append(states[:, -tokens.shape[1]:][mask])
-    hidden = torch.cat(hidden)                                            # (N, H)
-    return lambda index: model.get_output_embeddings()(hidden[index])[..., :model.vocabulary].float().log_softmax(-1)
+class LogProbs:
+    """Log-probs of N tokens, computed when asked for: [index] -> (n, V). It keeps hidden states
+    (N, H), since (N, V) would be 70 times larger for Qwen3."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+
+    def __getitem__(self, index) -> Tensor:
+        logits = functional.linear(self.hidden[index], self.weight, self.bias)
+        return logits.float().log_softmax(-1)  # (n, V)
+
+    def part(self, start: int, end: int) -> "LogProbs":
+        return LogProbs(self.hidden[start:end], self.weight, self.bias)
 
 
-def pad(sequences: list, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, L), and where they are real, told from the lengths: the pad token may also be the EOS token."""
-    ids = [torch.tensor(sequence) for sequence in sequences]
-    real = [torch.ones_like(sequence, dtype=torch.bool) for sequence in ids]
-    return pad_sequence(ids, True, 0, side).to(device), pad_sequence(real, True, False, side).to(device)
+def also(policy: Policy, rows: list[dict], ids: Tensor) -> dict:
+    """What a model gets beside ids (B, L): the pictures of tiny_tasks/vision.py, else nothing."""
+    see = getattr(policy.model, "see", None)
+    return see(rows, policy.reads, ids) if see else {}
+
+
+def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=10_000) -> LogProbs:
+    """Log-probs of the N tokens of the completions, each after what the policy reads of its row;
+    `size` completions per forward pass. All padding is at the end, where no token looks: it needs
+    no mask and no positions."""
+    model, hidden = policy.model, []
+    for start in range(0, len(rows), size):
+        part, texts, predicts = rows[start : start + size], [], []
+        for row, completion in zip(part, completions[start : start + size], strict=True):
+            prompt = row[policy.reads]
+            texts.append(torch.tensor(prompt + completion[:-1]))  # the last token predicts nothing
+            predicts.append(torch.arange(len(texts[-1])) >= len(prompt) - 1)
+        ids = pad_sequence(texts, batch_first=True).to(model.device)  # (B, L)
+        mask = pad_sequence(predicts, batch_first=True).to(model.device)  # (B, L)
+        states = model.base_model(ids, use_cache=False, **also(policy, part, ids))
+        hidden.append(states.last_hidden_state[mask])
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias[: model.vocabulary]
+    return LogProbs(torch.cat(hidden), head.weight[: model.vocabulary], bias)
+
+
+def sample(policy: Policy, rows: list[dict], **options):
+    """What `generate` returns for a batch, and where in it the completions begin. Only here is
+    padding on the left. It is told from the lengths: a pad token may be a word, too."""
+    prompts = [torch.tensor(row[policy.reads]) for row in rows]
+    ids = pad_sequence(prompts, True, padding_value=-1, padding_side="left").to(policy.model.device)
+    real, ids = ids >= 0, ids.clamp(min=0)  # (B, L)
+    options |= also(policy, rows, ids)
+    return policy.model.generate(ids, attention_mask=real.long(), **options), ids.shape[1]
 
 
 @torch.no_grad()
-def rollout(policy: Policy, rows: list[dict], micro_batch: int = 0) -> list[list[int]]:
-    """One completion per row from the policy's own distribution, up to and including its EOS (or max_new_tokens).
-    Temperature 1, no top-k, no top-p: `load` has replaced the checkpoint's own settings."""
-    completions, size = [], micro_batch or len(rows)
-    for i in range(0, len(rows), size):
-        prompts, real = pad([row[policy.reads] for row in rows[i:i + size]], "left", policy.model.device)
-        inputs = policy.model.look(rows[i:i + size], policy.reads, prompts) if policy.model.look else {}
-        sampled = policy.model.generate(prompts, attention_mask=real.long(), **inputs)[:, prompts.shape[1]:]
-        for ids in sampled.tolist():
-            ends = [place for place, token in enumerate(ids) if token in policy.model.generation_config.eos_token_id]
-            completions.append(ids[:ends[0] + 1] if ends else ids)
+def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
+    """One completion per row, up to and including its end token, from the policy's own distribution:
+    `set_sampling` chose temperature 1, no top-k and no top-p."""
+    ends, completions = policy.model.generation_config.eos_token_id, []
+    for start in range(0, len(rows), size):
+        sampled, begin = sample(policy, rows[start : start + size])
+        for tokens in sampled[:, begin:].tolist():
+            stops = [place for place, token in enumerate(tokens, 1) if token in ends]
+            completions.append(tokens[: stops[0]] if stops else tokens)
     return completions
 
 
-# -------------------------------------------------------------------------------------- 4. divergences and router
-def reverse_kl(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """KL(student || source), (..., V) -> (...), nats: the student must avoid what the source finds unlikely.
-    A token that the student rules out (log-prob -inf) counts 0; one that only the source rules out, infinity."""
+# --- divergences
+def reverse_kl(student: Tensor, source: Tensor) -> Tensor:
+    """KL(student || source), log-probs (..., V) -> (...): avoid what the source finds unlikely. A
+    word that the student rules out counts 0; one that only the source rules out, infinity."""
     return (student.exp() * (student - source).masked_fill(student == -math.inf, 0)).sum(-1)
 
 
-def forward_kl(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """KL(source || student), (..., V) -> (...), nats: the student must cover what the source finds likely."""
+def forward_kl(student: Tensor, source: Tensor) -> Tensor:
+    """KL(source || student), log-probs (..., V) -> (...): cover what the source finds likely."""
     return reverse_kl(source, student)
 
 
-def js_divergence(student: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon, (..., V) -> (...), at most ln 2 nats: mean of KL(source || m) and KL(student || m), m halfway."""
-    lowest = torch.finfo(student.dtype).min                               # logaddexp(-inf, -inf) has no gradient
+def js_divergence(student: Tensor, source: Tensor) -> Tensor:
+    """Jensen-Shannon, log-probs (..., V) -> (...), at most ln 2: the mean KL of both to the mixture
+    halfway between them."""
+    lowest = torch.finfo(student.dtype).min  # logaddexp(-inf, -inf) has no gradient
     mixture = torch.logaddexp(student.clamp(min=lowest), source.clamp(min=lowest)) - math.log(2)
     return 0.5 * (reverse_kl(source, mixture) + reverse_kl(student, mixture))
 
 
-def top_k_with_tail(student: torch.Tensor, source: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both log-probs (..., V) on the student's k likeliest tokens and one bucket for all others: two (..., k+1).
-    The paper does not say whose top-K, nor what becomes of the rest. Without the bucket, mass outside costs nothing."""
-    kept = student.topk(min(k, student.shape[-1]), -1).indices            # (..., k)
-
-    def bucket(logp):
-        others = logp.scatter(-1, kept, torch.finfo(logp.dtype).min)      # not -inf: logsumexp needs one number
-        return torch.cat([logp.gather(-1, kept), others.logsumexp(-1, keepdim=True)], -1)
-    return bucket(student), bucket(source)
+def full(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The whole vocabulary."""
+    return student, source
 
 
+def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both log-probs (..., V) on the student's k likeliest words, and one bucket for all others:
+    two (..., k+1). The paper does not say whose top-K, nor what becomes of the rest. Without the
+    bucket, mass outside the top-K would cost nothing."""
+    top, both = student.topk(min(k, student.shape[-1]), -1).indices, []  # (..., k)
+    for logp in (student, source):
+        others = logp.scatter(-1, top, torch.finfo(logp.dtype).min)  # logsumexp needs one number
+        both.append(torch.cat([logp.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1))
+    return tuple(both)
+
+
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
+SUPPORTS = {"full": full, "top_k": top_k_with_tail}
+
+
+# --- the router: section 3 of the paper
 class Regime(IntEnum):
-    """Section 3 of the paper. First letter: is the gap Low or High? Second letter, if low: are the two together sure of
-    the token (H) or not (L), compared with the average over the batch? If high: who is surer, Teacher or Student?"""
-    LH = 0      # both know it, the student only lacks the hint: light supervision by the privileged teacher
-    LL = 1      # neither knows it: a weak pull towards the privileged student, against drift
-    HT = 2      # the teacher can do more with the same hint: a capability, learned in full
-    HS = 3      # the student has a path of its own: keep it, lightly
-    ALL = 4     # every token of a recipe without a router
+    LH = 0  # low gap, and both are sure of the token (high sum)
+    LL = 1  # low gap, and both are unsure (low sum)
+    HT = 2  # high gap, the teacher is surer
+    HS = 3  # high gap, the student is surer
+    ALL = 4  # every token of a recipe without a router
 
 
-def advantage_gap(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
-    """Equation 1: how far the two privileged policies differ on the sampled tokens, |log q_T - log q_S|, in nats."""
+# What a router sees of one policy: log-probs (N,) of the sampled tokens, entropies (N,).
+Scores = namedtuple("Scores", "logp entropy")
+
+
+def advantage_gap(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+    """Equation 1: how far the privileged policies differ on a token, |log q_T - log q_S|."""
     return (teacher_logp - student_logp).abs()
 
 
-# What a router sees of one policy, (N,) each: log-probs of the sampled tokens, entropies of its predictions (nats).
-Scores = NamedTuple("Scores", [("logp", torch.Tensor), ("entropy", torch.Tensor)])
+def route(scores: dict[str, Scores], kept: float = 0.95) -> Tensor:
+    """The regime (N,) of every sampled token. The thresholds are means over all N tokens, so give
+    it the whole batch. The largest 5% of the gaps, the outliers, are left out of the means; they
+    are routed all the same."""
+    teacher_logp = scores["privileged_teacher"].logp.float()
+    student_logp = scores["privileged_student"].logp.float()
+    q_teacher, q_student = teacher_logp.exp(), student_logp.exp()
+    q_sum = q_teacher + q_student
+    gap = advantage_gap(teacher_logp, student_logp)
+
+    limit = gap.sort().values[int(kept * (len(gap) - 1))]  # torch.quantile takes 16 million at most
+    typical = gap <= limit
+    mean_gap = gap[typical].mean()
+    mean_sum = q_sum[typical].mean()
+
+    if_low = torch.where(q_sum >= mean_sum, Regime.LH, Regime.LL)
+    if_high = torch.where(q_teacher >= q_student, Regime.HT, Regime.HS)
+    return torch.where(gap < mean_gap, if_low, if_high)
 
 
-def route(scores: dict[str, Scores], kept: int = 95) -> torch.Tensor:
-    """The paper's router: the regime (N,) of every sampled token, from its log-probs under the privileged teacher and
-    the privileged student. The thresholds are averages over all N tokens, so give it the whole batch; only the largest
-    gaps, the top (100 - kept)%, stay out of the averages. They are routed all the same."""
-    teacher, student = (scores[f"privileged_{name}"].logp.float() for name in ("teacher", "student"))
-    gap, q_teacher, q_student = advantage_gap(teacher, student), teacher.exp(), student.exp()
-    q_sum, ascending = q_teacher + q_student, gap.sort().values           # torch.quantile takes 16 million at most
-    typical = gap <= ascending[kept * (len(ascending) - 1) // 100]
-    low = torch.where(q_sum >= q_sum[typical].mean(), Regime.LH, Regime.LL)
-    high = torch.where(q_teacher >= q_student, Regime.HT, Regime.HS)
-    return torch.where(gap >= gap[typical].mean(), high, low)
+# --- recipes: a method is a table
+class Term(NamedTuple):
+    """How the tokens of one regime are supervised. Several terms of one regime add up."""
 
-
-# -------------------------------------------------------------------------------------------- 5. recipes and loss
-class Row(NamedTuple):
-    """How the tokens of one regime are supervised. Several rows of one regime add up."""
     regime: IntEnum
-    source: str            # teacher, privileged_teacher or privileged_student
-    objective: str         # a key of DIVERGENCES
-    support: str           # "full", or "top_k": the student's top-K and a tail
-    weight: float | Callable               # a number, or {policy: Scores} -> (N,)
+    source: str  # whom to follow: a name of POLICIES
+    objective: str  # a name of DIVERGENCES
+    support: str  # a name of SUPPORTS
+    weight: float | Callable  # a number, or {policy: Scores} -> (N,)
 
 
 class Recipe(NamedTuple):
-    """A method: a table, and a router that sorts the tokens into regimes. A token without a row is not trained on."""
-    rows: list[Row]
-    router: Callable | None = None         # {policy: Scores} -> regimes (N,); None: all tokens are in Regime.ALL
-    router_reads: tuple = ()               # names of the policies whose scores the router gets
-    anchor_decay: float = 0.0              # privileged student: 0 live; 1 its first copy; between, a moving average
+    """A method. A token whose regime has no term is not trained on."""
+
+    terms: list[Term]
+    router: Callable | None = None  # {policy: Scores} -> regimes (N,)
+    router_reads: tuple = ()  # the policies whose scores the router and the weights get
+    anchor_decay: float = 0.0  # of the privileged student: 0 live, 1 frozen, between: an average
 
 
 def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 0.0) -> Recipe:
     """The paper's method, with its weights."""
-    return Recipe([
-        #   regime     source                objective     support  weight
-        Row(Regime.LH, "privileged_teacher", "reverse_kl", "top_k", beta_light),
-        Row(Regime.LL, "privileged_student", "reverse_kl", "top_k", beta_weak),
-        Row(Regime.HT, "privileged_teacher", "js", "full", 1.0),
-        Row(Regime.HS, "privileged_student", "reverse_kl", "top_k", beta_light),
-    ], route, ("privileged_teacher", "privileged_student"), anchor_decay)
+    # fmt: off
+    terms = [
+        # both are sure, only the hint is missing: a light touch of the teacher
+        Term(Regime.LH, "privileged_teacher", "reverse_kl", "top_k", beta_light),
+        # both are unsure, nothing to learn: a weak pull that holds the student in place
+        Term(Regime.LL, "privileged_student", "reverse_kl", "top_k", beta_weak),
+        # same hint, surer teacher: a capability, learned in full
+        Term(Regime.HT, "privileged_teacher", "js",         "full",  1.0),
+        # same hint, surer student: its own way, which the teacher must not suppress
+        Term(Regime.HS, "privileged_student", "reverse_kl", "top_k", beta_light),
+    ]
+    # fmt: on
+    return Recipe(terms, route, ("privileged_teacher", "privileged_student"), anchor_decay)
 
 
-RECIPES = {
-    "vanilla": Recipe([Row(Regime.ALL, "teacher", "reverse_kl", "full", 1.0)]),
-    "privileged_teacher": Recipe([Row(Regime.ALL, "privileged_teacher", "reverse_kl", "full", 1.0)]),
-    "dopd": dopd(),                        # as published
-    "dopd_frozen": dopd(anchor_decay=1.0),
-    "privileged_student": Recipe([Row(Regime.ALL, "privileged_student", "reverse_kl", "full", 1.0)]),
-}
-DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
-AT_ONCE = 512              # tokens whose log-probs (n, V) exist at the same time, however many there are in all
+def everywhere(source: str) -> Recipe:
+    """One source for every token."""
+    return Recipe([Term(Regime.ALL, source, "reverse_kl", "full", 1.0)])
+
+
+RECIPES["opd"] = everywhere("teacher")
+RECIPES["privileged_opd"] = everywhere("privileged_teacher")
+RECIPES["dopd"] = dopd()  # as published
+RECIPES["dopd_frozen"] = dopd(anchor_decay=1.0)
+
+# --- the loss
+AT_ONCE = 512  # tokens whose log-probs (n, V) exist at the same time, however large N is
 
 
 @torch.no_grad()
-def token_scores(logp: Callable, tokens: torch.Tensor) -> Scores:
-    """The scores of the sampled tokens (N,)."""
-    parts = []
+def token_scores(logp, tokens: Tensor) -> Scores:
+    """From LogProbs or a tensor (N, V), and the sampled tokens (N,)."""
+    sampled, entropies = [], []
     for index in torch.arange(len(tokens), device=tokens.device).split(AT_ONCE):
-        rows = logp(index)                                                # (n, V)
-        parts.append((rows.gather(1, tokens[index, None])[:, 0], torch.special.entr(rows.exp()).sum(-1)))
-    return Scores(*map(torch.cat, zip(*parts)))
+        rows = logp[index]  # (n, V)
+        sampled.append(rows.gather(1, tokens[index, None])[:, 0])
+        entropies.append(torch.special.entr(rows.exp()).sum(-1))
+    return Scores(torch.cat(sampled), torch.cat(entropies))
 
 
-def assign(recipe: Recipe, scores: dict[str, Scores], lengths: torch.Tensor) -> tuple:
-    """The regimes (N,), and the weight of every row on every token (R, N): computed once, for the whole batch.
-    Each of the |y| tokens of a completion gets 1/|y|, and all completions (B,) count the same."""
-    shares = (1 / lengths).repeat_interleave(lengths) / len(lengths)                         # (N,)
-    regimes = recipe.router(scores) if recipe.router else torch.full_like(shares, Regime.ALL, dtype=torch.long)
-    weights = [row.weight(scores) if callable(row.weight) else row.weight for row in recipe.rows]
-    return regimes, torch.stack([w * shares * (regimes == row.regime) for w, row in zip(weights, recipe.rows)])
+def assign(recipe: Recipe, scores: dict[str, Scores], lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The regimes (N,), and the weight of every term on every token (R, N). A token of a completion
+    y gets 1/|y|, and all completions (B,) count the same: the paper's two means."""
+    shares = (1 / lengths).repeat_interleave(lengths) / len(lengths)  # (N,)
+    regimes = torch.full_like(shares, Regime.ALL, dtype=torch.long)
+    if recipe.router:
+        regimes = recipe.router(scores)
+    weights = []
+    for term in recipe.terms:
+        weight = term.weight(scores) if callable(term.weight) else term.weight
+        weights.append(weight * shares * (regimes == term.regime))
+    return regimes, torch.stack(weights)
 
 
-def recipe_loss(recipe: Recipe, student: Callable, sources: dict, weights: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The sum over rows and tokens of weight (R, N) x divergence: a scalar, in nats. Only the student gets a gradient.
-    Log-probs are functions from an index (n,) to (n, V); they are computed again in the backward pass, not kept."""
-    def divergence(row: Row, index: torch.Tensor) -> torch.Tensor:
+def recipe_loss(recipe: Recipe, student, sources: dict, weights: Tensor, top_k: int) -> Tensor:
+    """The sum over terms and tokens of weight (R, N) x divergence: a scalar, in nats. `student` and
+    each of the sources is LogProbs or a tensor (N, V). Only the student gets a gradient. Log-probs
+    are computed again in the backward pass, not kept."""
+
+    def divergence(term: Term, index: Tensor) -> Tensor:
+        student_logp = student[index]  # (n, V)
         with torch.no_grad():
-            source_logp = sources[row.source](index)                      # (n, V)
-        student_logp = student(index)
-        if row.support == "top_k":
-            student_logp, source_logp = top_k_with_tail(student_logp, source_logp, top_k)
-        return DIVERGENCES[row.objective](student_logp, source_logp)      # (n,)
+            source_logp = sources[term.source][index]  # (n, V)
+        pair = SUPPORTS[term.support](student_logp, source_logp, top_k)
+        return DIVERGENCES[term.objective](*pair)  # (n,)
+
     total = weights.new_zeros(())
-    for row, weight in zip(recipe.rows, weights):
+    for term, weight in zip(recipe.terms, weights, strict=True):
         for index in weight.nonzero()[:, 0].split(AT_ONCE):
-            losses = checkpoint(divergence, row, index, use_reentrant=False, preserve_rng_state=False)
+            losses = checkpoint(divergence, term, index, use_reentrant=False)
             total = total + (weight[index] * losses).sum()
     return total
 
 
-def dopd_loss(student: torch.Tensor, privileged_teacher: torch.Tensor, privileged_student: torch.Tensor,
-              tokens: torch.Tensor, mask: torch.Tensor, *, top_k: int, beta_light: float = 0.6, beta_weak: float = 0.3):
-    """The loss of DOPD in one call, to use elsewhere: log-probs (B, T, V), tokens (B, T), mask (B, T) bool -> scalar,
-    in nats. Raises ValueError for shapes that do not fit, and for log-probs whose probabilities do not sum to 1."""
-    given = {"student": student, "privileged_teacher": privileged_teacher, "privileged_student": privileged_student}
-    for name, logp in given.items():
-        if logp.shape != (*mask.shape, student.shape[-1]) or tokens.shape != mask.shape or not mask.any():
-            raise ValueError(f"{name} {[*logp.shape]}, tokens {[*tokens.shape]}, mask {[*mask.shape]} do not fit")
-        if not (logp[mask].detach().float().logsumexp(-1).abs() < 0.05).all():
+def dopd_loss(student, privileged_teacher, privileged_student, tokens, mask, top_k, **betas):
+    """DOPD in one call, for other trainers: log-probs (B, T, V), tokens (B, T), mask (B, T) bool ->
+    a scalar, in nats. `betas` are those of `dopd`. Raises ValueError for logits."""
+    logps = {"student": student[mask]}  # (N, V)
+    logps["privileged_teacher"] = privileged_teacher[mask]
+    logps["privileged_student"] = privileged_student[mask]
+    for name, logp in logps.items():
+        if not (logp.detach().float().logsumexp(-1).abs() < 0.05).all():
             raise ValueError(f"{name}: no log-probs; take log_softmax of the logits first")
-    logps = {name: logp[mask].__getitem__ for name, logp in given.items()}                   # (N, V)
-    recipe, lengths = dopd(beta_light, beta_weak), mask.sum(1)
+    recipe, lengths = dopd(**betas), mask.sum(1)
     scores = {name: token_scores(logps[name], tokens[mask]) for name in recipe.router_reads}
     _, weights = assign(recipe, scores, lengths[lengths > 0])
     return recipe_loss(recipe, logps["student"], logps, weights, top_k)
 
 
-# -------------------------------------------------------------------------------------------------- 6. training step
-def distill_step(recipe: Recipe, policies: dict[str, Policy], optimizer, rows: list[dict], config: Config) -> dict:
-    """One optimizer step on these rows, in the paper's order: sample, score, route, learn. Returns its metrics."""
+# --- one training step
+def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], config) -> dict:
+    """One optimizer step, in the paper's order: sample, score, route, learn."""
+    student, size = policies["student"], config.micro_batch
+    rows = [row for row in rows for _ in range(config.rollouts)]
+
     # 1. The student samples its own completions, without the hint.
-    student, rows = policies["student"], [row for row in rows for _ in range(config.rollouts)]
-    completions = rollout(student, rows, config.micro_batch)
-    tokens = torch.tensor(sum(completions, []), device=student.model.device)                 # (N,)
-    lengths = torch.tensor([len(completion) for completion in completions], device=tokens.device)
-    # 2. The other policies score the same tokens, without gradient, before the student learns from any of them.
-    names = sorted({row.source for row in recipe.rows} | {*recipe.router_reads})
-    require({*names} <= {*policies}, f"a source, or router_reads, of the recipe: {names}; there are {sorted(policies)}")
+    completions = rollout(student, rows, size)
+    tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(student.model.device)  # (N,)
+    lengths = torch.tensor([len(ids) for ids in completions], device=tokens.device)  # (B,)
+
+    # 2. The other policies score the same tokens, before the student learns from any of them.
+    others = {term.source for term in recipe.terms} | {*recipe.router_reads}
     with torch.no_grad():
-        sources = {name: score(policies[name], rows, completions, config.micro_batch) for name in names}
+        sources = {name: score(policies[name], rows, completions, size) for name in others}
     scores = {name: token_scores(sources[name], tokens) for name in recipe.router_reads}
-    # 3. Averages over the whole batch decide where each token goes.
-    regimes, weights = assign(recipe, scores, lengths)                   # (N,), (R, N)
-    # 4. The student learns, one micro-batch after the other. The weights of all other tokens are 0 there.
-    total, entropies, end, size = 0.0, [], 0, config.micro_batch or len(rows)
+
+    # 3. Means over the whole batch decide where each token goes.
+    regimes, weights = assign(recipe, scores, lengths)  # (N,), (R, N)
+
+    # 4. The student learns, one micro-batch after the other.
+    loss, entropy, end = 0.0, 0.0, 0
     for i in range(0, len(rows), size):
-        start, end = end, end + int(lengths[i:i + size].sum())            # its tokens among the N
-        of_part = torch.nn.functional.pad(weights[:, start:end], (start, len(tokens) - end))
-        logp = score(student, rows[i:i + size], completions[i:i + size])
-        loss = recipe_loss(recipe, lambda index: logp(index - start), sources, of_part, config.top_k)
-        loss.backward()
-        total += loss.item()
-        entropies.append(token_scores(logp, tokens[start:end]).entropy)
-    norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0).item()
-    require(math.isfinite(total + norm), f"loss {total}, gradient {norm}: not finite; try a lower --lr")
+        start, end = end, end + int(lengths[i : i + size].sum())
+        logp = score(student, rows[i : i + size], completions[i : i + size])
+        own = {name: source.part(start, end) for name, source in sources.items()}
+        part = recipe_loss(recipe, logp, own, weights[:, start:end], config.top_k)
+        part.backward()
+        loss += part.item()
+        entropy += token_scores(logp, tokens[start:end]).entropy.sum().item() / len(tokens)
+    metrics = {"loss": loss, "entropy": entropy, "grad_norm": clip_gradient(student.model)}
     optimizer.step()
     optimizer.zero_grad()
-    of_tokens = (each.split(lengths.tolist()) for each in (regimes, *(each.logp.exp() for each in scores.values())))
-    shown = [*zip(rows, completions, *of_tokens)][::config.rollouts][:4]
-    return {"loss": total, "entropy": torch.cat(entropies).mean().item(), "grad_norm": norm, "tokens": len(tokens),
-            "regime_share": {row.regime.name: (regimes == row.regime).float().mean().item() for row in recipe.rows},
-            "rollouts": [(row["prompt"], ids, of_ids.tolist(), *(q.cpu().double().round(decimals=3).tolist()
-                                                                 for q in qs)) for row, ids, of_ids, *qs in shown]}
+    rollouts = examples(recipe, rows, completions, regimes, scores)[:: config.rollouts]
+    return metrics | regime_shares(recipe, regimes) | {"rollouts": rollouts[:4]}
 
 
-# ------------------------------------------------------------------------------------------------------ 7. warm start
+def clip_gradient(model) -> float:
+    """The norm of the gradient, before it is clipped to 1. Refuses one that is not finite."""
+    try:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+    except RuntimeError as error:
+        broken = []
+        for name, weight in model.named_parameters():
+            if weight.grad is not None and not weight.grad.isfinite().all():
+                broken.append(name)  # the backward pass meets the last one first
+        raise UserError(
+            f"the gradient is not finite, first in {broken[-1]}; try a lower --lr, or --steps 2 on "
+            "a CPU: if that works, a kernel of the GPU is at fault"
+        ) from error
+    return norm.item()
+
+
+def regime_shares(recipe: Recipe, regimes: Tensor) -> dict:
+    shares = {}
+    for term in recipe.terms:
+        shares[term.regime.name] = (regimes == term.regime).float().mean().item()
+    return {"tokens": len(regimes), "regime_share": shares}
+
+
+def examples(recipe: Recipe, rows: list[dict], completions, regimes: Tensor, scores) -> list[dict]:
+    """What stands in metrics.jsonl and in the report: each completion with the regimes of its
+    tokens, and their probabilities under the policies that the router reads."""
+    names, end, every = {term.regime: term.regime.name for term in recipe.terms}, 0, []
+    for row, ids in zip(rows, completions, strict=True):
+        start, end = end, end + len(ids)
+        example = {key: row.get(key) for key in ("prompt", "hint", "answer")} | {"ids": ids}
+        example["regimes"] = [names.get(regime) for regime in regimes[start:end].tolist()]
+        for name, (logp, _) in scores.items():
+            example[name] = logp[start:end].double().exp().cpu().numpy().round(4).tolist()
+        every.append(example)
+    return every
+
+
+# --- the warm start
 def tiny_policy(characters: str, layers: int) -> tuple:
     """A tokenizer of single characters, and a tiny Qwen3."""
     ids = {character: i for i, character in enumerate(["<eos>", *characters])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
-    words.pre_tokenizer, words.decoder = tokenizers.pre_tokenizers.Split("", "isolated"), tokenizers.decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
-    return tokenizer, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(ids), hidden_size=128, intermediate_size=256, num_hidden_layers=layers, head_dim=32,
-        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=0, initializer_range=0.06))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    words.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    sizes = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    config = transformers.Qwen3Config(
+        **sizes, **heads, num_hidden_layers=layers, initializer_range=0.06, eos_token_id=0
+    )
+    return tokenizer, transformers.Qwen3ForCausalLM(config)
 
 
-def warm_start(task, role: str, config: Config, held_out: set[str], steps: int = 200) -> str:
-    """Teaches a tiny model what its author writes. Returns the folder of the checkpoint."""
+def warm_start(task, role: str, held_out: set[str], config: Config, steps: int = 200) -> None:
+    """Teaches a tiny model what its author writes, and saves it."""
     torch.manual_seed(config.seed)
-    author, rng = getattr(task, role), random.Random(config.seed)
-    tokenizer, model = getattr(task, "policy", tiny_policy)(task.CHARACTERS, author.layers)
-    model.vocabulary, model.look = len(tokenizer), getattr(task, "look", None)
-    adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    rng, author = random.Random(config.seed), getattr(task, role)
+    row = task.problem(rng)
+    for hinted in (False, True):
+        two = [task.solution(row, hinted, author, rng) for _ in range(2)]
+        print(f"{role}, {row['prompt']} (hint {row['hint']}, read: {hinted}) -> {' or '.join(two)}")
+    tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
+    model.vocabulary = len(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), f"warm start of the {role}", unit="step"):
-        rows, solutions = [], []
+        rows, texts, solutions = [], [], []
         while len(rows) < 128:
-            row, form = task.problem(rng), config.hint if rng.random() < author.hinted else "none"
+            row, hinted = task.problem(rng), rng.random() < author.hinted
             if row["prompt"] not in held_out:
-                rows.append(row | {"form": form})
-                solutions.append(task.solution(row, form, author, rng) + "<eos>")
-        with explained("the task: are all characters of prompts, hints and solutions in CHARACTERS?"):
-            prompts = tokenizer([with_hint(row, row["form"], task.hint_template) for row in rows]).input_ids
-            completions = tokenizer(solutions).input_ids
-        rows = [row | {"plain": prompt} for row, prompt in zip(rows, prompts)]
-        logp = score(Policy(model, "plain"), rows, completions)(slice(None))                 # (N, V)
-        (-logp.gather(1, torch.tensor(sum(completions, []))[:, None]).mean()).backward()
+                rows.append(row | {"is_hinted": hinted})
+                texts.append(task.hint_template.format(**row) if hinted else row["prompt"])
+                solutions.append(task.solution(row, hinted, author, rng) + "<eos>")
+        with blame("the task: are all characters of its rows in `characters`?"):
+            prompts, completions = tokenizer(texts).input_ids, tokenizer(solutions).input_ids
+        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
+        logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
+        tokens = torch.cat([torch.tensor(ids) for ids in completions])
+        functional.nll_loss(logp, tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adamw.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        adamw.step()
-        adamw.zero_grad()
-    folder = str(Path(config.out, role).absolute())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(f"{config.out}/{role}")
+    tokenizer.save_pretrained(f"{config.out}/{role}")
 
 
-# ---------------------------------------------------------------------------------------- 8. evaluation and report
-COLOURS = ("#b7dfb7", "#d0d0d0", "#9cc2f5", "#ffbf7a", "#e3b7e8", "#f5a3a3", "#f2e58f", "#a8e0de")      # of regimes
+# --- rows and models
+READERS = {
+    ".json": lambda path: pandas.read_json(path, dtype=False, convert_dates=False),
+    ".jsonl": lambda path: pandas.read_json(path, lines=True, dtype=False, convert_dates=False),
+    ".csv": lambda path: pandas.read_csv(path, dtype=str, keep_default_na=False),
+    ".parquet": pandas.read_parquet,
+}
 
 
-@torch.no_grad()
-def evaluate(policy: Policy, rows: list[dict], task, tokenizer, config: Config) -> dict:
-    """Means over one sampled completion of every row. Exact match: it is right and ended by itself, among the rows that
-    need no guess. The kinds that the task grades: the share of yes. Entropy of the next token, in nats."""
-    torch.manual_seed(config.seed)
-    completions = rollout(policy, rows, config.micro_batch)
-    tokens = torch.tensor(sum(completions, []), device=policy.model.device)
-    entropies = token_scores(score(policy, rows, completions, config.micro_batch), tokens).entropy.tolist()
-    values, first = {"exact match": [], "entropy": entropies, "entropy, wild (best 1.28)": []}, 0
-    for row, ids in zip(rows, completions):
-        stops = ids[-1] in policy.model.generation_config.eos_token_id
-        right = task.check(row, tokenizer.decode(ids[:-1] if stops else ids, skip_special_tokens=True))
-        values["exact match"] += [stops and right] if right is not None else []
-        for place, kind, correct in task.grade(row, tokenizer.convert_ids_to_tokens(ids)):
-            values.setdefault(kind, []).append(correct)
-            values["entropy, wild (best 1.28)"] += [entropies[first + place]] if kind == "unlearnable" else []
-        first += len(ids)
-    return {name: sum(each) / len(each) for name, each in values.items() if each}
-
-
-def report(log: list[dict], tokenizer, folder: str) -> None:
-    """Prints the coloured rollouts and the table, and writes them (tokens.html, report.md), the log and curves.png."""
-    terminal = console.Console(record=True, width=120)
-    for row in [row for row in log if "validation" in row and RECIPES[row["recipe"]].router]:
-        regimes = dict.fromkeys(line.regime for line in RECIPES[row["recipe"]].rows)
-        terminal.print(f"\n{row['recipe']}, step {row['step']}: rollouts of the student, every token in its regime",
-                       *(text.Text(f" {regime.name} ", f"black on {COLOURS[regime % 8]}") for regime in regimes))
-        for prompt, ids, of_ids, *_ in row["rollouts"]:
-            terminal.print(text.Text.assemble(prompt, *(
-                (tokenizer.decode([token]), f"black on {COLOURS[regime % 8]}" if regime in regimes else "")
-                for token, regime in zip(ids, of_ids))))
-    tests = pandas.DataFrame({row["recipe"]: row["test"] for row in log if "test" in row}).T
-    head, *lines = tests.to_csv(sep="|", float_format="%.2f", na_rep="-", index_label="policy").splitlines()
-    table = "\n".join(f"|{line}|" for line in (head, "|".join("-" * (1 + tests.shape[1])), *lines))
-    terminal.print(markdown.Markdown(table))
-    terminal.save_html(f"{folder}/tokens.html")
-    Path(folder, "report.md").write_text(table + "\n")
-    Path(folder, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    frame = pandas.json_normalize([row for row in log if "step" in row])
-    if frame.empty:
-        return
-    routed = [name for name in frame.recipe.unique() if RECIPES[name].router]
-    figure, axes = pyplot.subplots(1, 2 + len(routed), figsize=(8 + 4 * len(routed), 4), layout="constrained")
-    for axis, column, name in zip(axes, ("validation.exact match", "entropy"), ("exact match", "entropy (nats)")):
-        frame.pivot(index="step", columns="recipe", values=column).dropna().plot(ax=axis, ylabel=name, marker=".", ms=2)
-    for axis, name in zip(axes[2:], routed):
-        shares = pandas.DataFrame([row["regime_share"] for row in log if "step" in row and row["recipe"] == name])
-        colours = {row.regime.name: COLOURS[row.regime % 8] for row in RECIPES[name].rows}
-        shares.plot.area(ax=axis, color=colours, linewidth=0, xlabel="step", ylabel=f"share of the tokens, {name}")
-    for axis in axes:                      # below the plot, where they cover nothing
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-    figure.savefig(f"{folder}/curves.png", dpi=120)
-
-
-# -------------------------------------------------------------------------------------- 9. data, real models, main
-def read_rows(config: Config) -> list[dict]:
-    """The rows of --data, with a hint of the form that was asked for."""
-    path, given = Path(config.data), f"--data {config.data}"
-    kind = path.suffix[1:].replace("jsonl", "json") if path.is_file() else config.data
-    require(path.exists() or path.suffix not in (".jsonl", ".json", ".csv", ".parquet"), f"{given}: no such file")
-    with explained(given if path.exists() else f"{given}, not on this disk"):     # a file may have changed since then
-        table = datasets.load_dataset(kind, data_files=config.data if path.is_file() else None, split="train",
-                                      download_mode="force_redownload" if path.exists() else None)
-    for number, row in enumerate(rows := table.to_list(), 1):
-        row["hints"] = {config.hint: row.get("hint")} | (row.get("hints") or {}) | {"none": ""}
-        texts = {"prompt": row.get("prompt"), "answer": row.get("answer"), "hint": row["hints"][config.hint]}
-        wrong = [name for name, value in texts.items() if not isinstance(value, str) or not value and name != "hint"]
-        require(not wrong, f"{given}, row {number}: must be text: {', '.join(wrong)}; columns: {table.column_names}")
+def read_rows(config) -> list[dict]:
+    """The rows of --data: three texts each, as they stand in the file."""
+    given, path, rows = f"--data {config.data}", Path(config.data), []
+    with blame(given):
+        if path.suffix in READERS:
+            table = READERS[path.suffix](path).to_dict("records")
+        else:
+            table = datasets.load_dataset(config.data, split="train").to_list()
+    for number, row in enumerate(table, 1):
+        texts = {name: row.get(name) for name in ("prompt", "answer", "hint")}
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text and name != "hint":
+                raise UserError(
+                    f"{given}, row {number}: {name} must be text, in quotes; is {text!r}"
+                )
+        if row.get("image"):
+            raise UserError(f"{given}: for rows with an image, run tiny_tasks/vision.py")
+        rows.append(texts)
     return rows
 
 
-def with_hint(row: dict, form: str, template: str) -> str:
-    """What a privileged policy reads."""
-    parts = {"prompt": row["prompt"], "hint": row["hints"][form]}
-    return re.sub(r"\{(prompt|hint)\}", lambda found: parts[found[1]], template) if parts["hint"] else row["prompt"]
+def encode(rows: list[dict], tokenizer, models: tuple, template: str) -> None:
+    """Adds the ids that the policies read: "plain", the prompt, and "hinted", with the hint. Prints
+    both for the first row, since they may differ by more than the hint."""
+    room, vocabulary = math.inf, models[0].vocabulary
+    for model in models:
+        length = (
+            getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        )
+        room = min(room, length - model.generation_config.max_new_tokens)
+    for reads in ("plain", "hinted"):
+        known = {}
+        for row in rows:
+            parts, text = [row["prompt"]], row["prompt"]
+            if reads == "hinted" and row["hint"]:
+                with blame(f"--hint_template {template}"):
+                    parts, text = [row["prompt"], row["hint"]], template.format(**row)
+            shown, ids = render(text, tokenizer)
+            same, row[reads] = known.setdefault(tuple(ids), text), ids
+            error = None
+            if not all(part.strip() in shown for part in parts):
+                error = "--hint_template or the chat template loses the prompt or the hint"
+            elif not 0 < len(ids) <= room:
+                error = f"{len(ids)} tokens; --max_new_tokens leaves {room} of the shorter context"
+            elif max(ids) >= vocabulary or same != text:
+                error = f"has a token that a model lacks, or the same tokens as {same!r}"
+            if error:
+                raise UserError(f"{shown[:60]!r} ({reads}): {error}")
+        print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
-def encode(rows: list[dict], tokenizer, model, template: str, form: str) -> None:
-    """Adds to every row what the policies read, in token ids: "plain", its prompt; "hinted", its prompt with the hint.
-    Prints both for the first row, since it is easy to make them differ by more than the hint."""
-    chat, options = bool(tokenizer.chat_template), model.generation_config
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - options.max_new_tokens
-    ids_of = getattr(tokenizer, "read", lambda _, form, texts: tokenizer(texts, add_special_tokens=not chat).input_ids)
-    for key, read in (("plain", "none"), ("hinted", form)):
-        texts = [with_hint(row, read, template) for row in rows]
-        with explained("the student's tokenizer or chat template, on the prompts"):
-            rendered = texts if not chat else tokenizer.apply_chat_template([[{"role": "user", "content": prompt}] for
-                prompt in texts], tokenize=False, add_generation_prompt=True, enable_thinking=False)
-            tokens = ids_of(rows, read, rendered)
-        print(f"first row, {key}: {rendered[0]!r}")
-        for row, shown, ids in zip(rows, rendered, tokens):
-            row[key] = ids[:-1] if ids and ids[-1] in options.eos_token_id else ids        # some tokenizers end a text
-            require(all(part.strip() in shown for part in (row["prompt"], row["hints"][read])),
-                    f"--hint_template, or the student's chat template: loses prompt or hint: {row['prompt'][:60]!r}")
-            require(0 < len(row[key]) <= room and max(ids) < model.vocabulary, f"{row['prompt'][:50]!r}: "
-                    f"{len(row[key])} tokens, where --max_new_tokens leaves {room}, or a token that the model lacks")
+def render(text: str, tokenizer) -> tuple[str, list[int]]:
+    """A prompt as the policies read it, and its ids. An end token that the tokenizer adds is cut
+    off; one that the row or the chat template wrote is a part of the prompt."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": text}]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        with blame("the student's chat template"):
+            text = tokenizer.apply_chat_template(turns, **options)
+        return text, tokenizer(text, add_special_tokens=False).input_ids
+    ids, written = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    adds_an_end = len(ids) > len(written) and ids[-len(written) - 1 : -1] == written
+    return text, ids[:-1] if adds_an_end else ids
 
 
-def load(config: Config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
-    """Tokenizer, teacher and student, with one vocabulary. The weights of the student are always float32."""
-    models, words, ends = [], [], {None}
-    for role, name, dtype in (("teacher", config.teacher, config.dtype), ("student", config.student, "float32")):
-        with explained(f"--{role} {name} as {auto.__name__}, --device {config.device}"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model, loading = auto.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
-            models.append(model.to(config.device).eval())
-            words.append(tokenizer.get_vocab())
-            eos = model.generation_config.eos_token_id
-            ends |= {tokenizer.eos_token_id} | ({*eos} if isinstance(eos, list) else {eos})
-            if tokenizer.chat_template:    # the special token that it puts after an answer
-                turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-                after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].strip()
-                ends |= {*tokenizer(after, add_special_tokens=False).input_ids[:1]} & {*tokenizer.added_tokens_decoder}
-        require(not loading["missing_keys"], f"--{role} {name}: no weights for {sorted(loading['missing_keys'])[:1]}")
-    eos_ids = sorted(ends - {None})
-    require(words[0] == words[1] and eos_ids, "--teacher, --student: must share one tokenizer, and it needs an EOS")
-    if config.gradient_checkpointing:      # works in training mode only: a model with dropout fails the check below
-        models[1].train().activation_checkpointing_enable()
-    heights = [model.get_input_embeddings().num_embeddings for model in models]
-    for model, height in zip(models, heights):
-        model.look, model.vocabulary = None, min(max(words[0].values()) + 1, *heights)     # further rows are no tokens
-        model.generation_config = transformers.GenerationConfig(          # the model's own distribution, nothing else
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
-            pad_token_id=eos_ids[0], suppress_tokens=[*range(model.vocabulary, height)] or None)
-        # Some architectures cannot be padded, or change their logits after the last layer: compare with single rows.
-        rows = [{"plain": [*range(length)]} for length in (3, 3, 8, 8)]
-        with explained(f"{model.name_or_path}: cannot be scored in batches"):
-            single = [model(torch.tensor([row["plain"]], device=config.device)).logits[:, -1] for row in rows]
-            error = (score(Policy(model, "plain"), rows, [[0]] * 4)(slice(None))
-                     - torch.cat(single)[:, :model.vocabulary].float().log_softmax(-1)).abs().mean().item()
-        require(error < (0.1 if model.dtype == torch.bfloat16 else 1e-3), f"{model.name_or_path}: not supported, since "
-                f"its scores differ between a padded batch and single rows, by {error:.2g} nats")
-    return tokenizer, models[0].requires_grad_(False), models[1]
+def load_model(role: str, name: str, dtype: str, device: str, auto) -> tuple:
+    with blame(f"--{role} {name}, --device {device}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model.to(device).eval()
+    if loading["missing_keys"]:
+        raise UserError(f"--{role} {name}: has no weights for {min(loading['missing_keys'])}")
+    return tokenizer, model
 
 
-def run(config: Config, saved: dict | None = None) -> list[dict]:
-    """Every recipe from the same student, then the report; from the start, or from a checkpoint. Returns the log."""
-    task, rng = OwnData(config.answer_regex or r"(?s)\A.*") if config.data else TASKS[config.task], random.Random(0)
-    log, splits = (saved["log"], saved["splits"]) if saved else ([], {})
-    rows = (splits["train"] if saved else read_rows(config) if config.data else
-            [task.problem(rng) for _ in range(12_000)])
-    if config.data and "image" in rows[0]:
-        sys.modules["dopd"] = sys.modules[__name__]        # what vision.py imports, even where this runs as a script
-        with explained(f"--data {config.data}: for its images, dopd.py needs tiny_tasks/vision.py"):
-            from tiny_tasks import vision
-        task = vision.with_eyes(task, rows, config)
-    if not saved:
-        require(config.hint in rows[0]["hints"], f"--hint {config.hint}: choose from {', '.join(rows[0]['hints'])}")
-        for row in rows:                   # by its prompt: no prompt is both trained on and tested
-            draw = random.Random(row.get("split_by", row["prompt"])).random()
-            splits.setdefault("train" if draw < 0.7 else "validation" if draw < 0.85 else "test", []).append(row)
-        require(len(splits) == 3, f"--data or task: {len(rows)} rows: too few to be split by chance, 70, 15 and 15%")
-        with explained(f"--out {config.out}"):
-            Path(config.out or "runs").mkdir(parents=True, exist_ok=True)
-        config.out = config.out or tempfile.mkdtemp(prefix=f"{Path(config.data).stem or config.task}-", dir="runs")
-        require(not Path(config.out, "config.json").exists(), f"--out {config.out}: holds a run; choose another folder")
-        if not config.teacher:
-            unseen = {row["prompt"] for row in splits["validation"] + splits["test"]}
-            config.teacher, config.student = (warm_start(task, role, config, unseen) for role in ("teacher", "student"))
-    tokenizer, teacher, untrained = getattr(task, "load", load)(config, config.max_new_tokens or task.max_new_tokens)
-    if not saved:
-        encode(rows, tokenizer, untrained, config.hint_template or task.hint_template, config.hint)
-        with explained(f"--out {config.out}: another run took it"), open(f"{config.out}/config.json", "x") as file:
-            json.dump(asdict(config), file, indent=1)
+def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
+    """Tokenizer, teacher and student. The weights of the student are always float32."""
+    names = [config.teacher or f"{config.out}/teacher", config.student or f"{config.out}/student"]
+    other, teacher = load_model("teacher", names[0], config.dtype, config.device, auto)
+    tokenizer, student = load_model("student", names[1], "float32", config.device, auto)
+    set_sampling((other, tokenizer), (teacher, student), max_new_tokens)
+    if config.gradient_checkpointing:
+        with blame(f"--student {names[1]}"):
+            student.gradient_checkpointing_enable()
+        for layer in student.modules():
+            # Needs training mode; but not what is in the layer: dropout would be noise.
+            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+                layer.training = True
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise UserError(f"--student {names[1]}: nothing in it can learn; merge the adapter first")
+    return tokenizer, teacher.requires_grad_(False), student
+
+
+def set_sampling(both_tokenizers: tuple, models: tuple, max_new_tokens: int) -> None:
+    """One vocabulary for both models; they sample from their own distribution, nothing else."""
+    words, others = [tokenizer.get_vocab() for tokenizer in both_tokenizers]
+    if words != others:
+        first, _ = min(words.items() ^ others.items(), key=lambda item: item[1])
+        raise UserError(f"--teacher, --student: their tokenizers differ, first in {first!r}")
+    ends, heights = {tokenizer.eos_token_id for tokenizer in both_tokenizers}, []
+    for model in models:
+        own = model.generation_config.eos_token_id
+        ends |= {*own} if isinstance(own, list) else {own}
+        heights.append(model.get_input_embeddings().num_embeddings)
+    ends = sorted(ends - {None})
+    if not ends:
+        raise UserError("--teacher, --student: neither has an end token")
+    for model, height in zip(models, heights, strict=True):
+        # A table may have rows beyond the words: they are neither scored nor sampled.
+        model.vocabulary = min(max(words.values()) + 1, *heights)
+        no_words = [*range(model.vocabulary, height)] or None
+        own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        own |= {"eos_token_id": ends, "pad_token_id": ends[0], "suppress_tokens": no_words}
+        model.generation_config = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, **own
+        )
+
+
+@torch.no_grad()
+def check_scores(model, rows: list[dict]) -> None:
+    """Refuses a model that samples from other scores than ours, or whose scores change with the
+    batch. Tried on the shortest and the longest prompt."""
+    steps = min(4, model.generation_config.max_new_tokens)
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "output_logits": True}
+    for reads in ("plain", "hinted"):
+        policy, ranked = Policy(model, reads), sorted(rows, key=lambda row: len(row[reads]))
+        pair, errors = [ranked[0], ranked[-1]], []
+        with blame(f"{model.name_or_path}: cannot be sampled from"):
+            sampled, begin = sample(policy, pair, return_dict_in_generate=True, **options)
+        completions = sampled.sequences[:, begin:].tolist()
+        together = score(policy, pair, completions)[:].unflatten(0, (2, steps))  # (2, T, V)
+        logits = torch.stack(sampled.logits, 1)[..., : model.vocabulary]
+        errors.append(logits.float().log_softmax(-1) - together)
+        for i in (0, 1):
+            errors.append(score(policy, pair[i : i + 1], completions[i : i + 1])[:] - together[i])
+        error = max((together.exp() * each.abs()).sum(-1).max().item() for each in errors)
+        if not error < (0.1 if model.dtype == torch.bfloat16 else 1e-3):
+            raise UserError(
+                f"{model.name_or_path}: not supported: its scores are off by {error:.2g} nats when "
+                "prompts of unequal lengths share a batch, or by its dropout"
+            )
+
+
+# --- the experiment
+Ready = namedtuple("Ready", "task splits tokenizer teacher student")
+
+
+def check(config: Config) -> None:
+    """Refuses flags and recipes that cannot work, before any time is spent."""
+    for name, value in vars(config).items():
+        least = {"steps": 0, "seed": 0, "lr": 1e-12}.get(name, 1)
+        if type(value) in (int, float) and not least <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if bool(config.teacher) != bool(config.student) or config.data and not config.teacher:
+        raise UserError("--teacher, --student: give both, or none; --data needs both")
+    logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
+    for name in config.recipe:
+        recipe, tokens = RECIPES[name], torch.arange(9) % 5
+        with blame(f"--recipe {name}: is a name of its table wrong, or missing in router_reads?"):
+            scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
+            _, weights = assign(recipe, scores, torch.tensor([4, 5]))
+            recipe_loss(recipe, logps["student"], logps, torch.ones_like(weights), config.top_k)
+            if not recipe.router and {term.regime for term in recipe.terms} != {Regime.ALL}:
+                raise ValueError("no router brings tokens to its regimes")
+
+
+def split(rows: list[dict]) -> dict[str, list[dict]]:
+    """By the prompt: none is both trained on and tested."""
+    splits = {"train": [], "validation": [], "test": []}
+    for row in rows:
+        draw = random.Random(row.get("split_by", row["prompt"])).random()
+        name = "train" if draw < 0.7 else "validation" if draw < 0.85 else "test"
+        splits[name].append(row)
+    sizes = {name: len(part) for name, part in splits.items()}
+    print("rows:", sizes)
+    if not all(sizes.values()):
+        raise UserError(f"{sizes} rows: too few to be split into 70, 15 and 15%")
+    return splits
+
+
+def prepare(config: Config, saved: dict, own_data) -> Ready:
+    """Rows and policies. Without --teacher, tiny ones learn the task first."""
+    task = own_data(config) if config.data else TASKS[config.task]
+    loading = getattr(task, "load", load)
+    if saved:
+        return Ready(task, saved["splits"], *loading(config, task.max_new_tokens))
+    if config.data:
+        rows = getattr(task, "read_rows", read_rows)(config)
+    else:
+        rng = random.Random(0)
+        rows = [task.problem(rng) for _ in range(12_000)]
+    splits = split(rows)
+    if not config.teacher:
+        held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
+        warm_start(task, "teacher", held_out, config)
+        warm_start(task, "student", held_out, config)
+    tokenizer, teacher, student = loading(config, task.max_new_tokens)
+    getattr(task, "encode", encode)(rows, tokenizer, (teacher, student), task.hint_template)
+    for row in rows if config.data else ():
+        task.check_answer(row, tokenizer)
+    check_scores(teacher, rows)
+    check_scores(student, rows)
+    return Ready(task, splits, tokenizer, teacher, student)
+
+
+def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config):
+    """Trains a copy of the student with one recipe. `saved`: the last checkpoint, if any."""
+    recipe, student = RECIPES[name], copy.deepcopy(ready.student)
+    anchor = student
+    if recipe.anchor_decay > 0:
+        anchor = copy.deepcopy(student).requires_grad_(False)
+    models = {"student": student, "anchor": anchor, "teacher": ready.teacher}
+    policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
+    optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
+    parts, begin = {"student": student, "anchor": anchor, "optimizer": optimizer}, 0
+    if saved.get("recipe") == name:
+        begin = saved["step"]
+        for key, part in parts.items():
+            with blame(f"--resume {config.out}: its checkpoint is of other models"):
+                part.load_state_dict(saved[key])
+    order = random.Random(config.seed).sample(ready.splits["train"], len(ready.splits["train"]))
+
+    for step in tqdm(range(begin, config.steps), name, config.steps, initial=begin, unit="step"):
+        torch.manual_seed(config.seed * 10**6 + step)  # seed and step decide every random draw
+        places = range(step * config.batch_size, (step + 1) * config.batch_size)
+        rows = [order[place % len(order)] for place in places]
+        cosine = math.cos(math.pi * step / config.steps)
+        optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)
+        metrics = distill_step(recipe, policies, optimizer, rows, config)
+        log.append({"recipe": name, "step": step + 1} | metrics)
+        if 0 < recipe.anchor_decay < 1:
+            for average, weight in zip(anchor.parameters(), student.parameters(), strict=True):
+                average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
+
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            validation = ready.splits["validation"][:256]
+            log[-1]["validation"] = evaluate(policies["student"], validation, ready, config)
+            state = {key: part.state_dict() for key, part in parts.items()}
+            save(state | {"recipe": name, "step": step + 1}, log, ready, config)
+    return student
+
+
+def save(state: dict, log: list[dict], ready: Ready, config: Config) -> None:
+    """A whole checkpoint, or the one before: never half of one."""
+    with blame(f"--out {config.out}"):
+        torch.save(state | {"log": log, "splits": ready.splits}, f"{config.out}/saving.pt")
+        Path(config.out, "saving.pt").replace(f"{config.out}/checkpoint.pt")
+        lines = [json.dumps(row) + "\n" for row in log]
+        Path(config.out, "metrics.jsonl").write_text("".join(lines))
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, rows: list[dict], ready: Ready, config: Config) -> dict[str, float]:
+    """Mean grades of one sampled completion per row, and the mean entropy of its tokens in nats."""
+    torch.manual_seed(config.seed)
+    completions, grades = rollout(policy, rows, config.micro_batch), []
+    for row, ids in zip(rows, completions, strict=True):
+        grade = ready.task.grade(row, ready.tokenizer.decode(ids, skip_special_tokens=True))
+        if ids[-1] not in policy.model.generation_config.eos_token_id and "exact match" in grade:
+            grade["exact match"] = False  # cut off at max_new_tokens
+        grades.append(grade)
+    tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(policy.model.device)
+    scores = token_scores(score(policy, rows, completions, config.micro_batch), tokens)
+    means = pandas.DataFrame(grades, dtype=float).mean().to_dict()
+    return means | {"entropy": scores.entropy.mean().item()}
+
+
+def run(config: Config, saved: dict, own_data=OwnData) -> None:
+    """Every recipe from the same student, then the report."""
+    ready, log = prepare(config, saved, own_data), saved.get("log", [])
+    Path(config.out, "config.json").write_text(json.dumps(asdict(config), indent=1))
+    tests, validation = (
+        ready.splits["test"][: config.test_prompts],
+        ready.splits["validation"][:256],
+    )
 
     def test(name: str, model) -> None:
-        plain, hinted = (evaluate(Policy(model, reads), splits["test"][:config.test_prompts], task, tokenizer, config)
-                         for reads in ("plain", "hinted"))
-        log.append({"recipe": name, "test": {"exact match": None, "with hint": hinted.get("exact match")} | plain})
+        for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
+            grades = evaluate(Policy(model, reads), tests, ready, config)
+            log.append({"tested": label, "test": grades})
 
-    # bfloat16 is for the matrix products only. No cache: it would keep serving the weights of before the step.
-    with torch.autocast(teacher.device.type, torch.bfloat16, config.dtype == "bfloat16", cache_enabled=False):
-        if not saved:
-            test("student before", untrained)
-            test("teacher", teacher)
-        tested = {row["recipe"] for row in log if "test" in row}
-        for name in [name for name in dict.fromkeys(config.recipe) if config.steps and name not in tested]:
-            student, recipe = copy.deepcopy(untrained), RECIPES[name]
-            anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
-            policies = {"student": Policy(student, "plain"), "privileged_student": Policy(anchor, "hinted"),
-                        "teacher": Policy(teacher, "plain"), "privileged_teacher": Policy(teacher, "hinted")}
-            optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
-            parts = {"student": student, "anchor": anchor, "optimizer": optimizer}
-            done = saved["step"] if saved and saved["recipe"] == name else 0
-            for key, part in parts.items() if done else ():
-                part.load_state_dict(saved[key])
-            order = random.Random(config.seed).sample(splits["train"], len(splits["train"]))
-            for step in tqdm(range(done, config.steps), name, config.steps, initial=done, unit="step"):
-                torch.manual_seed(config.seed * 10**6 + step)             # seed and step decide every random draw
-                rows = [order[(step * config.batch_size + i) % len(order)] for i in range(config.batch_size)]
-                optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * math.cos(math.pi * step / config.steps))
-                log.append({"recipe": name, "step": step + 1} | distill_step(recipe, policies, optimizer, rows, config))
-                for average, weight in zip(anchor.parameters(), student.parameters()):       # the same, if it is live
-                    average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
-                if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    validation = splits["validation"][:256]
-                    log[-1]["validation"] = evaluate(policies["student"], validation, task, tokenizer, config)
-                    Path(config.out, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-                    state = {"config": asdict(config), "splits": splits, "log": log, "recipe": name,
-                             "step": step + 1} | {key: part.state_dict() for key, part in parts.items()}
-                    torch.save(state, f"{config.out}/saving.pt")
-                    os.replace(f"{config.out}/saving.pt", f"{config.out}/checkpoint.pt")     # whole, or as it was
+    # bfloat16 is for the matrix products only. No cache: it would serve the weights of before.
+    half = config.dtype == "bfloat16"
+    with torch.autocast(ready.teacher.device.type, torch.bfloat16, half, cache_enabled=False):
+        if not log:
+            for name, model in (("student before", ready.student), ("teacher", ready.teacher)):
+                test(name, model)
+                grades = evaluate(Policy(model, "plain"), validation, ready, config)
+                log[-2]["validation"] = grades
+        done = {row.get("tested") for row in log}
+        for name in dict.fromkeys(config.recipe):
+            if config.steps == 0 or name in done:
+                continue
+            student = train(name, ready, log, saved, config)
             test(name, student)
             student.save_pretrained(f"{config.out}/{name}")
-            tokenizer.save_pretrained(f"{config.out}/{name}")
-    getattr(task, "report", report)(log, tokenizer, config.out)
-    return log
+            ready.tokenizer.save_pretrained(f"{config.out}/{name}")
+    report(log, ready, config)
 
 
-def main(argv: list[str]) -> None:
+# --- the report
+REGIME_COLOURS = ["#b7dfb7", "#d0d0d0", "#9cc2f5", "#ffbf7a", "#e3b7e8", "#f2e58f"]
+RECIPE_COLOURS = ["#555555", "#c2185b", "#00695c", "#5e35b1", "#795548", "#9e9d24"]
+MEANING = {
+    "LH": "LH: low gap, both sure",
+    "LL": "LL: low gap, both unsure",
+    "HT": "HT: high gap, teacher surer",
+    "HS": "HS: high gap, student surer",
+}
+COLUMNS = """
+- exact match: share of right completions, sampled without the hint, that ended by themselves
+- with the hint: the same, if it may read the hint
+- skips: share of completions that leave out the steps
+- entropy: of the prediction of the next token, in nats; near 0 the student is sure of everything
+
+What to look for: does a student end above `opd`, whose teacher has no hint? And does it skip like
+the teacher with the hint? Then it copies what only the hint explains.
+"""
+
+
+def result_table(first: str, names: list[str], log: list[dict]) -> Table:
+    grades = {row["tested"]: row["test"] for row in log if "tested" in row}
+    table = Table(first, "exact match", "with the hint", "skips", "entropy", box=box.MARKDOWN)
+    for name in names:
+        hinted = grades.get(f"{name}, with the hint", {})
+        values = [grades[name].get("exact match"), hinted.get("exact match")]
+        values += [grades[name].get("skips"), grades[name]["entropy"]]
+        table.add_row(name, *["-" if value is None else f"{value:.2f}" for value in values])
+    return table
+
+
+def show_rollout(example: dict, recipe: str, ready: Ready, console: Console) -> None:
+    """Tokens in the colours of their regimes, with its letters, and their probabilities."""
+    text = ready.tokenizer.decode(example["ids"], skip_special_tokens=True)
+    right = {True: "right", False: "wrong"}.get(ready.task.grade(example, text).get("exact match"))
+    given = ", ".join(f"{key} {example[key]!r}" for key in ("prompt", "hint", "answer"))
+    console.print(Text(f"\n{given}: {right or 'needs a guess'}"))
+    colours = dict(zip(regimes_of(recipe), REGIME_COLOURS, strict=False))
+    for start in range(0, min(len(example["ids"]), 48), 12):
+        part, grid = slice(start, start + 12), Table.grid(padding=(0, 1))
+        styles = [f"black on {colours.get(name, 'white')}" for name in example["regimes"][part]]
+        tokens = [ready.tokenizer.decode([token]) for token in example["ids"][part]]
+        names = [name or "-" for name in example["regimes"][part]]
+        for head, row in (("token", tokens), ("regime", names)):
+            grid.add_row(head, *[Text(*each) for each in zip(row, styles, strict=True)])
+        for policy in RECIPES[recipe].router_reads:
+            grid.add_row(policy, *[f"{q:.2f}" for q in example[policy][part]])
+        console.print(grid)
+
+
+def regimes_of(recipe: str) -> list[str]:
+    return [*dict.fromkeys(term.regime.name for term in RECIPES[recipe].terms)]
+
+
+def plot_curves(log: list[dict], file: str) -> None:
+    """Validation on the way, and how many tokens fall into which regime."""
+    tested = {row["tested"]: row for row in log if "tested" in row}
+    frame = pandas.json_normalize([row for row in log if "step" in row])
+    names = [*frame["recipe"].unique()]
+    routed = [name for name in names if RECIPES[name].router]
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    axes = figure.subplots(2, max(3, len(routed)))
+    for axis, grade in zip(axes[0], ("exact match", "skips"), strict=False):
+        if f"validation.{grade}" not in frame:
+            continue
+        curves = frame.pivot(index="step", columns="recipe", values=f"validation.{grade}")[names]
+        curves.loc[0] = tested["student before"]["validation"][grade]
+        curves.sort_index().dropna().plot(ax=axis, color=RECIPE_COLOURS, marker=".")
+        for name, style in (("teacher", "--"), ("teacher, with the hint", ":")):
+            axis.axhline(tested[name]["test"][grade], color="black", linestyle=style, label=name)
+        axis.set(title=f"{grade} (validation, without the hint)", ylabel="share", ylim=(0, 1))
+    entropy = frame.pivot(index="step", columns="recipe", values="entropy")[names]
+    entropy.rolling(10, min_periods=1).mean().plot(ax=axes[0, 2], color=RECIPE_COLOURS)
+    axes[0, 2].set(title="entropy of the student, mean of 10 steps", ylabel="nats", ylim=(0, None))
+    for axis, name in zip(axes[1], routed, strict=False):
+        own = frame[frame["recipe"] == name].set_index("step")
+        shares = own[[f"regime_share.{regime}" for regime in regimes_of(name)]]
+        shares.columns = [MEANING.get(regime, regime) for regime in regimes_of(name)]
+        shares.plot.area(ax=axis, color=REGIME_COLOURS, linewidth=0)
+        axis.set(title=f"{name}: where the tokens go", ylabel="share of the tokens", ylim=(0, 1))
+    finish(figure, file)
+
+
+def finish(figure: Figure, file: str) -> None:
+    """Legends below the axes, where they cover nothing."""
+    for axis in figure.axes:
+        if axis.has_data():
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        else:
+            axis.remove()
+    figure.savefig(file, dpi=80)
+
+
+def plot_router(log: list[dict], file: str) -> None:
+    """Every shown token at (q_S, q_T), at the beginning and at the end of the training."""
+    both = {"privileged_student", "privileged_teacher"}
+    steps = [row for row in log if "step" in row and both <= {*RECIPES[row["recipe"]].router_reads}]
+    names, last = [*dict.fromkeys(row["recipe"] for row in steps)], log[-1].get("step", 1)
+    figure = Figure(figsize=(11, 5.5 * len(names) + 0.5), layout="constrained")
+    for place, name in enumerate(names):
+        own = [row for row in steps if row["recipe"] == name]
+        quarter = len(own) // 4 or last
+        for column, part in enumerate((own[:quarter], own[-quarter:])):
+            axis = figure.add_subplot(len(names), 2, 2 * place + column + 1)
+            for regime, colour in zip(regimes_of(name), REGIME_COLOURS, strict=False):
+                q_student, q_teacher = [], []
+                for row in part:
+                    for example in row["rollouts"]:
+                        here = [regime == each for each in example["regimes"]]
+                        q_student += itertools.compress(example["privileged_student"], here)
+                        q_teacher += itertools.compress(example["privileged_teacher"], here)
+                label = MEANING.get(regime, regime)
+                axis.scatter(
+                    q_student, q_teacher, 12, colour, edgecolor="grey", lw=0.3, label=label
+                )
+            axis.set(xscale="log", yscale="log", xlim=(5e-5, 1.5), ylim=(5e-5, 1.5))
+            axis.set(xlabel="q_S, privileged student", ylabel="q_T, privileged teacher")
+            axis.set_title(f"{name}, steps {part[0]['step']} to {part[-1]['step']}")
+    finish(figure, file)
+
+
+def report(log: list[dict], ready: Ready, config: Config) -> None:
+    """Writes report.md, curves.png, router.png and tokens.svg, then prints what fits a terminal."""
+    names = [row["tested"] for row in log if "tested" in row]
+    trained = [name for name in names if name in RECIPES]
+    before = ["student before", "teacher", "teacher, with the hint"]
+    tables = [result_table("tested", before, log)]
+    tables.append(result_table("student trained with", trained, log))
+    with open(f"{config.out}/report.md", "w", encoding="utf-8") as file:
+        prompts = len(ready.splits["test"][: config.test_prompts])
+        print(f"`python {shlex.join(sys.argv)}`\n", file=file)
+        print(f"task {config.data or config.task}, seed {config.seed}, ", end="", file=file)
+        print(f"{config.steps} steps, {prompts} test prompts", file=file)
+        paper = Console(file=file, width=100)
+        paper.print(*tables, COLUMNS)
+    steps = [row for row in log if "step" in row]
+    if steps:
+        plot_curves(log, f"{config.out}/curves.png")
+        plot_router(log, f"{config.out}/router.png")
+    console = Console(record=True, width=100)
+    for row in steps:
+        if RECIPES[row["recipe"]].router and row["step"] in (1, config.steps):
+            console.print(f"\n{row['recipe']}, step {row['step']}: what the student wrote")
+            for example in row["rollouts"]:
+                show_rollout(example, row["recipe"], ready, console)
+    console.save_svg(f"{config.out}/tokens.svg", title="every token in its regime")
+    console.print(*tables)
+
+
+# --- the command line
+def read_flags(argv: list[str]) -> tuple[Config, dict]:
+    """The flags, and with --resume the checkpoint to go on from."""
+    usage = "python dopd.py [--flag value ...]"
+    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    config, saved = Config(**vars(parser.parse_args(argv))), {}
+    if config.resume and len(argv) > 2:
+        raise UserError("--resume FOLDER takes no other flag: the run keeps its own")
+    if config.resume:
+        with blame(f"--resume {config.resume}: no run to go on with"):
+            saved = torch.load(f"{config.resume}/checkpoint.pt", "cpu", weights_only=True)
+            flags = json.loads(Path(config.resume, "config.json").read_text())
+            config = Config(**flags | {"out": config.resume})
+    config.recipe = config.recipe or [*RECIPES][:4]
+    check(config)
+    config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    with blame(f"--out {config.out}"):
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    if Path(config.out, "config.json").exists() and not saved:
+        raise UserError(f"--out {config.out}: holds a run; choose another folder")
+    return config, saved
+
+
+def main(argv: list[str], own_data=OwnData) -> None:
+    """`own_data`: the class that reads --data and grades its completions."""
+    sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end a run
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    parser = HfArgumentParser(Config, usage="python dopd.py [--flag value ...]", allow_abbrev=False)
-    parser.error = lambda message: require(False, f"{message}; see --help")
-    config, saved = Config(**vars(parser.parse_args(argv))), None
-    if config.resume:
-        require(len(argv) == 2, "--resume FOLDER: takes no other flag; the run keeps its own")
-        with explained(f"--resume {config.resume}: no checkpoint to go on from"):
-            saved = torch.load(f"{config.resume}/checkpoint.pt", map_location="cpu", weights_only=True)
-        config = Config(**saved["config"] | {"out": config.resume})
-    run(config, saved)
+    try:
+        config, saved = read_flags(argv)
+        run(config, saved, own_data)
+    except UserError as error:
+        print(f"dopd.py: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        sys.exit(2)
     print(f"all of it is in {config.out}/")
 
 
