@@ -13,18 +13,16 @@ the hidden size; a recipe has R terms. Logarithms are natural; divergences and g
 """
 
 import copy
-import itertools
 import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -33,13 +31,11 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
-import matplotlib
 import pandas
 import regex
 import tokenizers
 import torch
 import transformers
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +46,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-matplotlib.use("agg")  # no window, whatever a notebook asks for
 TASKS, RECIPES = {}, {}  # filled below, and by scripts that add their own
 
 
@@ -63,9 +58,7 @@ class Config:
     """All flags. The defaults are the CPU experiment."""
 
     task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
-    recipe: list[str] = flag(
-        None, "methods to compare; if not given: all of dopd.py", choices=RECIPES
-    )
+    recipe: list[str] = flag(None, "methods to compare; by default the four below", choices=RECIPES)
     seed: int = flag(0, "of the warm start, the rollouts and the order of the data")
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
     batch_size: int = flag(32, "prompts per optimizer step; paper: 128")
@@ -81,7 +74,6 @@ class Config:
     max_new_tokens: int = flag(512, "of the longest completion for --data")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
     dtype: str = flag("float32", "of the computation", choices=("float32", "bfloat16"))
-    gradient_checkpointing: bool = flag(False, "less memory, more time")
     eval_every: int = flag(40, "steps between validations, each with a checkpoint")
     test_prompts: int = flag(1200, "prompts of the final test")
     out: str = flag("", "folder of the run; empty: a new one in runs/")
@@ -103,8 +95,6 @@ def blame(what: str):
 
 # --- tasks: rows of prompt, answer and hint; authors that write solutions; grades of completions
 class Author(NamedTuple):
-    """Writes the solutions that a tiny model learns from."""
-
     layers: int  # of the model
     hinted: float  # share of the solutions that are written with the hint
     knows: int  # how many of the ten stable names it knows; it guesses the others
@@ -181,38 +171,28 @@ class OwnData:
         self.hint_template, self.max_new_tokens = config.hint_template, config.max_new_tokens
         with blame(f"--answer_regex {config.answer_regex}"):
             self.pattern = regex.compile(config.answer_regex)
-            if self.pattern.groups > 1:
-                raise ValueError("more than one group; (?:...) is none")
 
     def answer(self, text: str) -> str:
-        """The last match that is not empty; none in a text that takes the pattern too long."""
-        try:
-            matches = self.pattern.findall(text, timeout=1.0)
-        except TimeoutError:
-            matches = []
-        matches = [match.strip() for match in matches if match.strip()]
-        return matches[-1] if matches else ""
+        """The last match, or its group, that is not empty; "" if the search takes too long."""
+        found = [""]
+        with suppress(TimeoutError):
+            for match in self.pattern.finditer(text, timeout=1.0):
+                found.append((match[min(1, self.pattern.groups)] or "").strip() or found[-1])
+        return found[-1]
 
     def grade(self, row: dict, completion: str) -> dict[str, bool]:
         return {"exact match": self.answer(completion) == row["answer"].strip()}
 
-    def check_answer(self, row: dict, tokenizer) -> None:
-        """Refuses an answer that no completion can give: the tokenizer writes it differently, or
-        the pattern finds only a part of it."""
-        answer = row["answer"].strip()
-        ids = tokenizer(answer, add_special_tokens=False).input_ids
-        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        found = self.answer(answer) or answer
-        if not answer == written == found:
-            raise UserError(
-                f"--data: no completion can give the answer {answer!r} to {row['prompt'][:50]!r}: "
-                f"the tokenizer writes {written!r}, --answer_regex finds {found!r}"
-            )
-
 
 # --- policies: score and sample
-# A model, and which token ids of a row it reads: "plain", or "hinted" if it is privileged.
-Policy = namedtuple("Policy", "model reads")
+class Policy(NamedTuple):
+    model: transformers.PreTrainedModel
+    reads: str  # which token ids of a row: "plain", or "hinted" if it is privileged
+
+    def look(self, rows: list[dict], ids: Tensor) -> dict:
+        """What a model gets beside ids (B, L), if it sees pictures: tiny_tasks/vision.py."""
+        return self.model.see(rows, self.reads, ids) if hasattr(self.model, "see") else {}
+
 
 # The four policies: (model, what it reads). The anchor is the student itself, or an older copy.
 POLICIES = {
@@ -238,26 +218,20 @@ class LogProbs:
         return LogProbs(self.hidden[start:end], self.weight, self.bias)
 
 
-def also(policy: Policy, rows: list[dict], ids: Tensor) -> dict:
-    """What a model gets beside ids (B, L): the pictures of tiny_tasks/vision.py, else nothing."""
-    see = getattr(policy.model, "see", None)
-    return see(rows, policy.reads, ids) if see else {}
-
-
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=10_000) -> LogProbs:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row;
     `size` completions per forward pass. All padding is at the end, where no token looks: it needs
     no mask and no positions."""
     model, hidden = policy.model, []
-    for start in range(0, len(rows), size):
-        part, texts, predicts = rows[start : start + size], [], []
-        for row, completion in zip(part, completions[start : start + size], strict=True):
+    for i in range(0, len(rows), size):
+        part, texts, predicts = rows[i : i + size], [], []
+        for row, completion in zip(part, completions[i : i + size], strict=True):
             prompt = row[policy.reads]
             texts.append(torch.tensor(prompt + completion[:-1]))  # the last token predicts nothing
             predicts.append(torch.arange(len(texts[-1])) >= len(prompt) - 1)
         ids = pad_sequence(texts, batch_first=True).to(model.device)  # (B, L)
         mask = pad_sequence(predicts, batch_first=True).to(model.device)  # (B, L)
-        states = model.base_model(ids, use_cache=False, **also(policy, part, ids))
+        states = model.base_model(ids, use_cache=False, **policy.look(part, ids))
         hidden.append(states.last_hidden_state[mask])
     head = model.get_output_embeddings()
     bias = None if head.bias is None else head.bias[: model.vocabulary]
@@ -266,21 +240,21 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=1
 
 def sample(policy: Policy, rows: list[dict], **options):
     """What `generate` returns for a batch, and where in it the completions begin. Only here is
-    padding on the left. It is told from the lengths: a pad token may be a word, too."""
+    padding on the left, and masked."""
     prompts = [torch.tensor(row[policy.reads]) for row in rows]
     ids = pad_sequence(prompts, True, padding_value=-1, padding_side="left").to(policy.model.device)
     real, ids = ids >= 0, ids.clamp(min=0)  # (B, L)
-    options |= also(policy, rows, ids)
-    return policy.model.generate(ids, attention_mask=real.long(), **options), ids.shape[1]
+    options |= {"attention_mask": real.long(), **policy.look(rows, ids)}
+    return policy.model.generate(ids, **options), ids.shape[1]
 
 
 @torch.no_grad()
 def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
-    """One completion per row, up to and including its end token, from the policy's own distribution:
-    `set_sampling` chose temperature 1, no top-k and no top-p."""
+    """One completion per row, up to and including its end token, from the policy's own
+    distribution: `set_sampling` chose temperature 1, no top-k and no top-p."""
     ends, completions = policy.model.generation_config.eos_token_id, []
-    for start in range(0, len(rows), size):
-        sampled, begin = sample(policy, rows[start : start + size])
+    for i in range(0, len(rows), size):
+        sampled, begin = sample(policy, rows[i : i + size])
         for tokens in sampled[:, begin:].tolist():
             stops = [place for place, token in enumerate(tokens, 1) if token in ends]
             completions.append(tokens[: stops[0]] if stops else tokens)
@@ -307,11 +281,6 @@ def js_divergence(student: Tensor, source: Tensor) -> Tensor:
     return 0.5 * (reverse_kl(source, mixture) + reverse_kl(student, mixture))
 
 
-def full(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The whole vocabulary."""
-    return student, source
-
-
 def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Both log-probs (..., V) on the student's k likeliest words, and one bucket for all others:
     two (..., k+1). The paper does not say whose top-K, nor what becomes of the rest. Without the
@@ -324,15 +293,15 @@ def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Te
 
 
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
-SUPPORTS = {"full": full, "top_k": top_k_with_tail}
+SUPPORTS = {"full": lambda student, source, k: (student, source), "top_k": top_k_with_tail}
 
 
 # --- the router: section 3 of the paper
 class Regime(IntEnum):
-    LH = 0  # low gap, and both are sure of the token (high sum)
-    LL = 1  # low gap, and both are unsure (low sum)
-    HT = 2  # high gap, the teacher is surer
-    HS = 3  # high gap, the student is surer
+    LH = 0  # low gap, both sure: only the hint is missing, a light touch of the teacher
+    LL = 1  # low gap, both unsure: nothing to learn, a weak pull that holds the student in place
+    HT = 2  # high gap, the teacher is surer: a capability, learned in full
+    HS = 3  # high gap, the student is surer: its own way, which the teacher must not suppress
     ALL = 4  # every token of a recipe without a router
 
 
@@ -389,26 +358,17 @@ def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 
     """The paper's method, with its weights."""
     # fmt: off
     terms = [
-        # both are sure, only the hint is missing: a light touch of the teacher
         Term(Regime.LH, "privileged_teacher", "reverse_kl", "top_k", beta_light),
-        # both are unsure, nothing to learn: a weak pull that holds the student in place
         Term(Regime.LL, "privileged_student", "reverse_kl", "top_k", beta_weak),
-        # same hint, surer teacher: a capability, learned in full
         Term(Regime.HT, "privileged_teacher", "js",         "full",  1.0),
-        # same hint, surer student: its own way, which the teacher must not suppress
         Term(Regime.HS, "privileged_student", "reverse_kl", "top_k", beta_light),
     ]
     # fmt: on
     return Recipe(terms, route, ("privileged_teacher", "privileged_student"), anchor_decay)
 
 
-def everywhere(source: str) -> Recipe:
-    """One source for every token."""
-    return Recipe([Term(Regime.ALL, source, "reverse_kl", "full", 1.0)])
-
-
-RECIPES["opd"] = everywhere("teacher")
-RECIPES["privileged_opd"] = everywhere("privileged_teacher")
+for name, source in (("opd", "teacher"), ("privileged_opd", "privileged_teacher")):
+    RECIPES[name] = Recipe([Term(Regime.ALL, source, "reverse_kl", "full", 1.0)])
 RECIPES["dopd"] = dopd()  # as published
 RECIPES["dopd_frozen"] = dopd(anchor_decay=1.0)
 
@@ -509,8 +469,11 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     metrics = {"loss": loss, "entropy": entropy, "grad_norm": clip_gradient(student.model)}
     optimizer.step()
     optimizer.zero_grad()
-    rollouts = examples(recipe, rows, completions, regimes, scores)[:: config.rollouts]
-    return metrics | regime_shares(recipe, regimes) | {"rollouts": rollouts[:4]}
+    names = {int(term.regime): term.regime.name for term in recipe.terms}
+    shares = {name: (regimes == regime).float().mean().item() for regime, name in names.items()}
+    shown = range(0, len(rows), config.rollouts)[:4]
+    rollouts = [example(i, names, rows, completions, regimes, scores) for i in shown]
+    return metrics | {"tokens": len(tokens), "regime_share": shares, "rollouts": rollouts}
 
 
 def clip_gradient(model) -> float:
@@ -518,36 +481,22 @@ def clip_gradient(model) -> float:
     try:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     except RuntimeError as error:
-        broken = []
         for name, weight in model.named_parameters():
             if weight.grad is not None and not weight.grad.isfinite().all():
-                broken.append(name)  # the backward pass meets the last one first
-        raise UserError(
-            f"the gradient is not finite, first in {broken[-1]}; try a lower --lr, or --steps 2 on "
-            "a CPU: if that works, a kernel of the GPU is at fault"
-        ) from error
+                first = name  # the backward pass meets the last parameters first
+        raise UserError(f"not finite: the gradient, from {first} on; lower --lr?") from error
     return norm.item()
 
 
-def regime_shares(recipe: Recipe, regimes: Tensor) -> dict:
-    shares = {}
-    for term in recipe.terms:
-        shares[term.regime.name] = (regimes == term.regime).float().mean().item()
-    return {"tokens": len(regimes), "regime_share": shares}
-
-
-def examples(recipe: Recipe, rows: list[dict], completions, regimes: Tensor, scores) -> list[dict]:
-    """What stands in metrics.jsonl and in the report: each completion with the regimes of its
-    tokens, and their probabilities under the policies that the router reads."""
-    names, end, every = {term.regime: term.regime.name for term in recipe.terms}, 0, []
-    for row, ids in zip(rows, completions, strict=True):
-        start, end = end, end + len(ids)
-        example = {key: row.get(key) for key in ("prompt", "hint", "answer")} | {"ids": ids}
-        example["regimes"] = [names.get(regime) for regime in regimes[start:end].tolist()]
-        for name, (logp, _) in scores.items():
-            example[name] = logp[start:end].double().exp().cpu().numpy().round(4).tolist()
-        every.append(example)
-    return every
+def example(i: int, names: dict, rows: list, completions: list, regimes, scores: dict) -> dict:
+    """One completion with the regimes of its tokens, and their probabilities, for the report."""
+    start = sum(len(ids) for ids in completions[:i])
+    own, shown = slice(start, start + len(completions[i])), {"ids": completions[i]}
+    shown |= {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
+    shown["regimes"] = [names.get(regime, "-") for regime in regimes[own].tolist()]
+    for name, (logp, _) in scores.items():
+        shown[name] = logp[own].double().exp().cpu().numpy().round(4).tolist()
+    return shown
 
 
 # --- the warm start
@@ -560,10 +509,8 @@ def tiny_policy(characters: str, layers: int) -> tuple:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
     sizes = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
-    config = transformers.Qwen3Config(
-        **sizes, **heads, num_hidden_layers=layers, initializer_range=0.06, eos_token_id=0
-    )
-    return tokenizer, transformers.Qwen3ForCausalLM(config)
+    sizes |= {"num_hidden_layers": layers, "initializer_range": 0.06, "eos_token_id": 0} | heads
+    return tokenizer, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
 
 
 def warm_start(task, role: str, held_out: set[str], config: Config, steps: int = 200) -> None:
@@ -610,77 +557,66 @@ READERS = {
 
 def read_rows(config) -> list[dict]:
     """The rows of --data: three texts each, as they stand in the file."""
-    given, path, rows = f"--data {config.data}", Path(config.data), []
-    with blame(given):
+    path = Path(config.data)
+    with blame(f"--data {path}"):
         if path.suffix in READERS:
             table = READERS[path.suffix](path).to_dict("records")
         else:
             table = datasets.load_dataset(config.data, split="train").to_list()
     for number, row in enumerate(table, 1):
-        texts = {name: row.get(name) for name in ("prompt", "answer", "hint")}
-        for name, text in texts.items():
-            if not isinstance(text, str) or not text and name != "hint":
-                raise UserError(
-                    f"{given}, row {number}: {name} must be text, in quotes; is {text!r}"
-                )
         if row.get("image"):
-            raise UserError(f"{given}: for rows with an image, run tiny_tasks/vision.py")
-        rows.append(texts)
-    return rows
+            raise UserError(f"--data {path}: has pictures, which tiny_tasks/vision.py reads")
+        for name in ("prompt", "answer", "hint"):
+            if not isinstance(row.get(name), str):
+                raise UserError(
+                    f"--data {path}, row {number}: {name} is no text: {row.get(name)!r}"
+                )
+    return [{name: row[name] for name in ("prompt", "answer", "hint")} for row in table]
 
 
 def encode(rows: list[dict], tokenizer, models: tuple, template: str) -> None:
     """Adds the ids that the policies read: "plain", the prompt, and "hinted", with the hint. Prints
     both for the first row, since they may differ by more than the hint."""
-    room, vocabulary = math.inf, models[0].vocabulary
+    room = math.inf
     for model in models:
-        length = (
-            getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        )
-        room = min(room, length - model.generation_config.max_new_tokens)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = min(room, (longest or math.inf) - model.generation_config.max_new_tokens)
     for reads in ("plain", "hinted"):
         known = {}
         for row in rows:
-            parts, text = [row["prompt"]], row["prompt"]
-            if reads == "hinted" and row["hint"]:
-                with blame(f"--hint_template {template}"):
-                    parts, text = [row["prompt"], row["hint"]], template.format(**row)
+            hint = row["hint"] if reads == "hinted" else ""
+            with blame(f"--hint_template {template}"):
+                text = template.format(**row) if hint else row["prompt"]
             shown, ids = render(text, tokenizer)
             same, row[reads] = known.setdefault(tuple(ids), text), ids
-            error = None
-            if not all(part.strip() in shown for part in parts):
-                error = "--hint_template or the chat template loses the prompt or the hint"
-            elif not 0 < len(ids) <= room:
-                error = f"{len(ids)} tokens; --max_new_tokens leaves {room} of the shorter context"
-            elif max(ids) >= vocabulary or same != text:
-                error = f"has a token that a model lacks, or the same tokens as {same!r}"
-            if error:
-                raise UserError(f"{shown[:60]!r} ({reads}): {error}")
+            lost = row["prompt"].strip() not in shown or hint.strip() not in shown
+            if lost or same != text or not 0 < len(ids) <= room or max(ids) >= model.vocabulary:
+                raise UserError(
+                    f"{reads} prompt {shown[-99:]!r}: a template loses prompt or hint, or its "
+                    f"{len(ids)} tokens are more than {room}, or unknown, or those of {same[-99:]!r}"
+                )
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
 def render(text: str, tokenizer) -> tuple[str, list[int]]:
-    """A prompt as the policies read it, and its ids. An end token that the tokenizer adds is cut
-    off; one that the row or the chat template wrote is a part of the prompt."""
+    """A prompt as the policies read it, and its ids, without an end that its tokenizer adds."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         with blame("the student's chat template"):
             text = tokenizer.apply_chat_template(turns, **options)
-        return text, tokenizer(text, add_special_tokens=False).input_ids
-    ids, written = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
-    adds_an_end = len(ids) > len(written) and ids[-len(written) - 1 : -1] == written
-    return text, ids[:-1] if adds_an_end else ids
+    written = tokenizer(text, add_special_tokens=False).input_ids
+    ids = written if tokenizer.chat_template else tokenizer(text).input_ids
+    return text, ids[:-1] if ids[-len(written) - 1 : -1] == written else ids
 
 
 def load_model(role: str, name: str, dtype: str, device: str, auto) -> tuple:
     with blame(f"--{role} {name}, --device {device}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        model.to(device).eval()
-    if loading["missing_keys"]:
-        raise UserError(f"--{role} {name}: has no weights for {min(loading['missing_keys'])}")
-    return tokenizer, model
+        if loading["missing_keys"]:
+            raise ValueError(f"no weights for {min(loading['missing_keys'])}")
+        return tokenizer, model.to(device).eval()
 
 
 def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
@@ -689,25 +625,17 @@ def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) ->
     other, teacher = load_model("teacher", names[0], config.dtype, config.device, auto)
     tokenizer, student = load_model("student", names[1], "float32", config.device, auto)
     set_sampling((other, tokenizer), (teacher, student), max_new_tokens)
-    if config.gradient_checkpointing:
-        with blame(f"--student {names[1]}"):
-            student.gradient_checkpointing_enable()
-        for layer in student.modules():
-            # Needs training mode; but not what is in the layer: dropout would be noise.
-            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
-                layer.training = True
     if not any(weight.requires_grad for weight in student.parameters()):
         raise UserError(f"--student {names[1]}: nothing in it can learn; merge the adapter first")
     return tokenizer, teacher.requires_grad_(False), student
 
 
-def set_sampling(both_tokenizers: tuple, models: tuple, max_new_tokens: int) -> None:
+def set_sampling(two_tokenizers: tuple, models: tuple, max_new_tokens: int) -> None:
     """One vocabulary for both models; they sample from their own distribution, nothing else."""
-    words, others = [tokenizer.get_vocab() for tokenizer in both_tokenizers]
-    if words != others:
-        first, _ = min(words.items() ^ others.items(), key=lambda item: item[1])
-        raise UserError(f"--teacher, --student: their tokenizers differ, first in {first!r}")
-    ends, heights = {tokenizer.eos_token_id for tokenizer in both_tokenizers}, []
+    words, others = [tokenizer.get_vocab() for tokenizer in two_tokenizers]
+    for word, _ in sorted(words.items() ^ others.items(), key=lambda item: item[1]):
+        raise UserError(f"--teacher, --student: their tokenizers differ, first in {word!r}")
+    ends, heights = {tokenizer.eos_token_id for tokenizer in two_tokenizers}, []
     for model in models:
         own = model.generation_config.eos_token_id
         ends |= {*own} if isinstance(own, list) else {own}
@@ -728,27 +656,24 @@ def set_sampling(both_tokenizers: tuple, models: tuple, max_new_tokens: int) -> 
 
 @torch.no_grad()
 def check_scores(model, rows: list[dict]) -> None:
-    """Refuses a model that samples from other scores than ours, or whose scores change with the
-    batch. Tried on the shortest and the longest prompt."""
+    """Refuses a model that does not sample from the scores that `score` gives, or whose scores
+    change with the batch. Tried on the shortest and the longest prompt."""
     steps = min(4, model.generation_config.max_new_tokens)
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "output_logits": True}
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "return_dict_in_generate": True}
     for reads in ("plain", "hinted"):
         policy, ranked = Policy(model, reads), sorted(rows, key=lambda row: len(row[reads]))
-        pair, errors = [ranked[0], ranked[-1]], []
+        pair = [ranked[0], ranked[-1]]
         with blame(f"{model.name_or_path}: cannot be sampled from"):
-            sampled, begin = sample(policy, pair, return_dict_in_generate=True, **options)
+            sampled, begin = sample(policy, pair, output_logits=True, **options)
         completions = sampled.sequences[:, begin:].tolist()
-        together = score(policy, pair, completions)[:].unflatten(0, (2, steps))  # (2, T, V)
-        logits = torch.stack(sampled.logits, 1)[..., : model.vocabulary]
-        errors.append(logits.float().log_softmax(-1) - together)
-        for i in (0, 1):
-            errors.append(score(policy, pair[i : i + 1], completions[i : i + 1])[:] - together[i])
-        error = max((together.exp() * each.abs()).sum(-1).max().item() for each in errors)
-        if not error < (0.1 if model.dtype == torch.bfloat16 else 1e-3):
-            raise UserError(
-                f"{model.name_or_path}: not supported: its scores are off by {error:.2g} nats when "
-                "prompts of unequal lengths share a batch, or by its dropout"
-            )
+        logits = torch.stack(sampled.logits, 1)[..., : model.vocabulary].flatten(0, 1)  # (2 T, V)
+        expected = logits.float().log_softmax(-1)
+        for size in (1, 2):  # alone and together
+            change = (score(policy, pair, completions, size)[:] - expected).abs()
+            error = (expected.exp() * change).sum(-1).max().item()
+            if not error < (0.1 if model.dtype == torch.bfloat16 else 1e-3):
+                name = f"{model.name_or_path}: not supported"
+                raise UserError(f"{name}: padding or dropout moves its scores by {error:.2g} nats")
 
 
 # --- the experiment
@@ -781,10 +706,9 @@ def split(rows: list[dict]) -> dict[str, list[dict]]:
         draw = random.Random(row.get("split_by", row["prompt"])).random()
         name = "train" if draw < 0.7 else "validation" if draw < 0.85 else "test"
         splits[name].append(row)
-    sizes = {name: len(part) for name, part in splits.items()}
-    print("rows:", sizes)
-    if not all(sizes.values()):
-        raise UserError(f"{sizes} rows: too few to be split into 70, 15 and 15%")
+    print("rows:", {name: len(part) for name, part in splits.items()})
+    if not all(splits.values()):
+        raise UserError(f"{len(rows)} rows are too few to be split into 70, 15 and 15%")
     return splits
 
 
@@ -794,10 +718,10 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
     loading = getattr(task, "load", load)
     if saved:
         return Ready(task, saved["splits"], *loading(config, task.max_new_tokens))
+    rng = random.Random(0)
     if config.data:
         rows = getattr(task, "read_rows", read_rows)(config)
     else:
-        rng = random.Random(0)
         rows = [task.problem(rng) for _ in range(12_000)]
     splits = split(rows)
     if not config.teacher:
@@ -806,8 +730,6 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
         warm_start(task, "student", held_out, config)
     tokenizer, teacher, student = loading(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, (teacher, student), task.hint_template)
-    for row in rows if config.data else ():
-        task.check_answer(row, tokenizer)
     check_scores(teacher, rows)
     check_scores(student, rows)
     return Ready(task, splits, tokenizer, teacher, student)
@@ -816,9 +738,7 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
 def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config):
     """Trains a copy of the student with one recipe. `saved`: the last checkpoint, if any."""
     recipe, student = RECIPES[name], copy.deepcopy(ready.student)
-    anchor = student
-    if recipe.anchor_decay > 0:
-        anchor = copy.deepcopy(student).requires_grad_(False)
+    anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
     models = {"student": student, "anchor": anchor, "teacher": ready.teacher}
     policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
@@ -841,22 +761,21 @@ def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config)
         if 0 < recipe.anchor_decay < 1:
             for average, weight in zip(anchor.parameters(), student.parameters(), strict=True):
                 average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
-
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             validation = ready.splits["validation"][:256]
             log[-1]["validation"] = evaluate(policies["student"], validation, ready, config)
             state = {key: part.state_dict() for key, part in parts.items()}
-            save(state | {"recipe": name, "step": step + 1}, log, ready, config)
+            state |= {"recipe": name, "step": step + 1, "log": log, "splits": ready.splits}
+            with blame(f"--out {config.out}"):
+                torch.save(state, f"{config.out}/saving.pt")  # never half a checkpoint
+                Path(config.out, "saving.pt").replace(f"{config.out}/checkpoint.pt")
+            write_log(log, config)
     return student
 
 
-def save(state: dict, log: list[dict], ready: Ready, config: Config) -> None:
-    """A whole checkpoint, or the one before: never half of one."""
-    with blame(f"--out {config.out}"):
-        torch.save(state | {"log": log, "splits": ready.splits}, f"{config.out}/saving.pt")
-        Path(config.out, "saving.pt").replace(f"{config.out}/checkpoint.pt")
-        lines = [json.dumps(row) + "\n" for row in log]
-        Path(config.out, "metrics.jsonl").write_text("".join(lines))
+def write_log(log: list[dict], config: Config) -> None:
+    lines = [json.dumps(row) + "\n" for row in log]
+    Path(config.out, "metrics.jsonl").write_text("".join(lines))
 
 
 @torch.no_grad()
@@ -866,8 +785,8 @@ def evaluate(policy: Policy, rows: list[dict], ready: Ready, config: Config) -> 
     completions, grades = rollout(policy, rows, config.micro_batch), []
     for row, ids in zip(rows, completions, strict=True):
         grade = ready.task.grade(row, ready.tokenizer.decode(ids, skip_special_tokens=True))
-        if ids[-1] not in policy.model.generation_config.eos_token_id and "exact match" in grade:
-            grade["exact match"] = False  # cut off at max_new_tokens
+        if "exact match" in grade:  # not if it was cut off
+            grade["exact match"] &= ids[-1] in policy.model.generation_config.eos_token_id
         grades.append(grade)
     tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(policy.model.device)
     scores = token_scores(score(policy, rows, completions, config.micro_batch), tokens)
@@ -878,183 +797,81 @@ def evaluate(policy: Policy, rows: list[dict], ready: Ready, config: Config) -> 
 def run(config: Config, saved: dict, own_data=OwnData) -> None:
     """Every recipe from the same student, then the report."""
     ready, log = prepare(config, saved, own_data), saved.get("log", [])
-    Path(config.out, "config.json").write_text(json.dumps(asdict(config), indent=1))
-    tests, validation = (
-        ready.splits["test"][: config.test_prompts],
-        ready.splits["validation"][:256],
-    )
+    Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
 
     def test(name: str, model) -> None:
         for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
-            grades = evaluate(Policy(model, reads), tests, ready, config)
-            log.append({"tested": label, "test": grades})
+            rows = ready.splits["test"][: config.test_prompts]
+            log.append(
+                {"tested": label, "test": evaluate(Policy(model, reads), rows, ready, config)}
+            )
 
     # bfloat16 is for the matrix products only. No cache: it would serve the weights of before.
     half = config.dtype == "bfloat16"
     with torch.autocast(ready.teacher.device.type, torch.bfloat16, half, cache_enabled=False):
         if not log:
-            for name, model in (("student before", ready.student), ("teacher", ready.teacher)):
-                test(name, model)
-                grades = evaluate(Policy(model, "plain"), validation, ready, config)
-                log[-2]["validation"] = grades
-        done = {row.get("tested") for row in log}
+            test("student before", ready.student)
+            test("teacher", ready.teacher)
         for name in dict.fromkeys(config.recipe):
-            if config.steps == 0 or name in done:
-                continue
-            student = train(name, ready, log, saved, config)
-            test(name, student)
-            student.save_pretrained(f"{config.out}/{name}")
-            ready.tokenizer.save_pretrained(f"{config.out}/{name}")
+            if config.steps and not any(row.get("tested") == name for row in log):
+                student = train(name, ready, log, saved, config)
+                test(name, student)
+                student.save_pretrained(f"{config.out}/{name}")
+                ready.tokenizer.save_pretrained(f"{config.out}/{name}")
+    write_log(log, config)
     report(log, ready, config)
 
 
 # --- the report
-REGIME_COLOURS = ["#b7dfb7", "#d0d0d0", "#9cc2f5", "#ffbf7a", "#e3b7e8", "#f2e58f"]
-RECIPE_COLOURS = ["#555555", "#c2185b", "#00695c", "#5e35b1", "#795548", "#9e9d24"]
-MEANING = {
-    "LH": "LH: low gap, both sure",
-    "LL": "LL: low gap, both unsure",
-    "HT": "HT: high gap, teacher surer",
-    "HS": "HS: high gap, student surer",
-}
-COLUMNS = """
-- exact match: share of right completions, sampled without the hint, that ended by themselves
-- with the hint: the same, if it may read the hint
-- skips: share of completions that leave out the steps
-- entropy: of the prediction of the next token, in nats; near 0 the student is sure of everything
-
-What to look for: does a student end above `opd`, whose teacher has no hint? And does it skip like
-the teacher with the hint? Then it copies what only the hint explains.
-"""
+COLOURS = ["#8fd18f", "#c8c8c8", "#8ab8f5", "#ffb061", "#e3b7e8", "#f2e58f"]  # of the regimes
 
 
-def result_table(first: str, names: list[str], log: list[dict]) -> Table:
-    grades = {row["tested"]: row["test"] for row in log if "tested" in row}
-    table = Table(first, "exact match", "with the hint", "skips", "entropy", box=box.MARKDOWN)
-    for name in names:
-        hinted = grades.get(f"{name}, with the hint", {})
-        values = [grades[name].get("exact match"), hinted.get("exact match")]
-        values += [grades[name].get("skips"), grades[name]["entropy"]]
-        table.add_row(name, *["-" if value is None else f"{value:.2f}" for value in values])
-    return table
-
-
-def show_rollout(example: dict, recipe: str, ready: Ready, console: Console) -> None:
-    """Tokens in the colours of their regimes, with its letters, and their probabilities."""
+def print_rollout(example: dict, recipe: str, ready: Ready, console: Console) -> None:
+    """The tokens in the colours of their regimes, with its letters and their probabilities."""
     text = ready.tokenizer.decode(example["ids"], skip_special_tokens=True)
-    right = {True: "right", False: "wrong"}.get(ready.task.grade(example, text).get("exact match"))
+    right = ready.task.grade(example, text).get("exact match", "needs a guess")
     given = ", ".join(f"{key} {example[key]!r}" for key in ("prompt", "hint", "answer"))
-    console.print(Text(f"\n{given}: {right or 'needs a guess'}"))
-    colours = dict(zip(regimes_of(recipe), REGIME_COLOURS, strict=False))
-    for start in range(0, min(len(example["ids"]), 48), 12):
-        part, grid = slice(start, start + 12), Table.grid(padding=(0, 1))
-        styles = [f"black on {colours.get(name, 'white')}" for name in example["regimes"][part]]
-        tokens = [ready.tokenizer.decode([token]) for token in example["ids"][part]]
-        names = [name or "-" for name in example["regimes"][part]]
-        for head, row in (("token", tokens), ("regime", names)):
-            grid.add_row(head, *[Text(*each) for each in zip(row, styles, strict=True)])
-        for policy in RECIPES[recipe].router_reads:
-            grid.add_row(policy, *[f"{q:.2f}" for q in example[policy][part]])
-        console.print(grid)
-
-
-def regimes_of(recipe: str) -> list[str]:
-    return [*dict.fromkeys(term.regime.name for term in RECIPES[recipe].terms)]
-
-
-def plot_curves(log: list[dict], file: str) -> None:
-    """Validation on the way, and how many tokens fall into which regime."""
-    tested = {row["tested"]: row for row in log if "tested" in row}
-    frame = pandas.json_normalize([row for row in log if "step" in row])
-    names = [*frame["recipe"].unique()]
-    routed = [name for name in names if RECIPES[name].router]
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    axes = figure.subplots(2, max(3, len(routed)))
-    for axis, grade in zip(axes[0], ("exact match", "skips"), strict=False):
-        if f"validation.{grade}" not in frame:
-            continue
-        curves = frame.pivot(index="step", columns="recipe", values=f"validation.{grade}")[names]
-        curves.loc[0] = tested["student before"]["validation"][grade]
-        curves.sort_index().dropna().plot(ax=axis, color=RECIPE_COLOURS, marker=".")
-        for name, style in (("teacher", "--"), ("teacher, with the hint", ":")):
-            axis.axhline(tested[name]["test"][grade], color="black", linestyle=style, label=name)
-        axis.set(title=f"{grade} (validation, without the hint)", ylabel="share", ylim=(0, 1))
-    entropy = frame.pivot(index="step", columns="recipe", values="entropy")[names]
-    entropy.rolling(10, min_periods=1).mean().plot(ax=axes[0, 2], color=RECIPE_COLOURS)
-    axes[0, 2].set(title="entropy of the student, mean of 10 steps", ylabel="nats", ylim=(0, None))
-    for axis, name in zip(axes[1], routed, strict=False):
-        own = frame[frame["recipe"] == name].set_index("step")
-        shares = own[[f"regime_share.{regime}" for regime in regimes_of(name)]]
-        shares.columns = [MEANING.get(regime, regime) for regime in regimes_of(name)]
-        shares.plot.area(ax=axis, color=REGIME_COLOURS, linewidth=0)
-        axis.set(title=f"{name}: where the tokens go", ylabel="share of the tokens", ylim=(0, 1))
-    finish(figure, file)
-
-
-def finish(figure: Figure, file: str) -> None:
-    """Legends below the axes, where they cover nothing."""
-    for axis in figure.axes:
-        if axis.has_data():
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-        else:
-            axis.remove()
-    figure.savefig(file, dpi=80)
-
-
-def plot_router(log: list[dict], file: str) -> None:
-    """Every shown token at (q_S, q_T), at the beginning and at the end of the training."""
-    both = {"privileged_student", "privileged_teacher"}
-    steps = [row for row in log if "step" in row and both <= {*RECIPES[row["recipe"]].router_reads}]
-    names, last = [*dict.fromkeys(row["recipe"] for row in steps)], log[-1].get("step", 1)
-    figure = Figure(figsize=(11, 5.5 * len(names) + 0.5), layout="constrained")
-    for place, name in enumerate(names):
-        own = [row for row in steps if row["recipe"] == name]
-        quarter = len(own) // 4 or last
-        for column, part in enumerate((own[:quarter], own[-quarter:])):
-            axis = figure.add_subplot(len(names), 2, 2 * place + column + 1)
-            for regime, colour in zip(regimes_of(name), REGIME_COLOURS, strict=False):
-                q_student, q_teacher = [], []
-                for row in part:
-                    for example in row["rollouts"]:
-                        here = [regime == each for each in example["regimes"]]
-                        q_student += itertools.compress(example["privileged_student"], here)
-                        q_teacher += itertools.compress(example["privileged_teacher"], here)
-                label = MEANING.get(regime, regime)
-                axis.scatter(
-                    q_student, q_teacher, 12, colour, edgecolor="grey", lw=0.3, label=label
-                )
-            axis.set(xscale="log", yscale="log", xlim=(5e-5, 1.5), ylim=(5e-5, 1.5))
-            axis.set(xlabel="q_S, privileged student", ylabel="q_T, privileged teacher")
-            axis.set_title(f"{name}, steps {part[0]['step']} to {part[-1]['step']}")
-    finish(figure, file)
+    console.print(Text(f"\n{given}; right: {right}"))
+    names = dict.fromkeys(term.regime.name for term in RECIPES[recipe].terms)
+    colours = dict(zip(names, COLOURS, strict=False))
+    lines = {"token": [ready.tokenizer.decode([token]) for token in example["ids"]]}
+    lines["regime"] = example["regimes"]
+    for policy in RECIPES[recipe].router_reads:
+        lines[policy] = [f"{q:.2f}" for q in example[policy]]
+    for head, cells in lines.items():
+        line = Text(f"{head:>18} ")
+        for cell, regime in zip(cells, example["regimes"], strict=True):
+            line.append(f"{cell:^6}", f"black on {colours.get(regime, 'white')}")
+        console.print(line, no_wrap=True)
 
 
 def report(log: list[dict], ready: Ready, config: Config) -> None:
-    """Writes report.md, curves.png, router.png and tokens.svg, then prints what fits a terminal."""
-    names = [row["tested"] for row in log if "tested" in row]
-    trained = [name for name in names if name in RECIPES]
-    before = ["student before", "teacher", "teacher, with the hint"]
-    tables = [result_table("tested", before, log)]
-    tables.append(result_table("student trained with", trained, log))
-    with open(f"{config.out}/report.md", "w", encoding="utf-8") as file:
-        prompts = len(ready.splits["test"][: config.test_prompts])
-        print(f"`python {shlex.join(sys.argv)}`\n", file=file)
-        print(f"task {config.data or config.task}, seed {config.seed}, ", end="", file=file)
-        print(f"{config.steps} steps, {prompts} test prompts", file=file)
-        paper = Console(file=file, width=100)
-        paper.print(*tables, COLUMNS)
-    steps = [row for row in log if "step" in row]
-    if steps:
-        plot_curves(log, f"{config.out}/curves.png")
-        plot_router(log, f"{config.out}/router.png")
+    """Prints some rollouts and the table; writes them (tokens.svg, report.md)."""
     console = Console(record=True, width=100)
-    for row in steps:
-        if RECIPES[row["recipe"]].router and row["step"] in (1, config.steps):
+    for row in log:
+        if row.get("step") in (1, config.steps) and RECIPES[row["recipe"]].router:
             console.print(f"\n{row['recipe']}, step {row['step']}: what the student wrote")
             for example in row["rollouts"]:
-                show_rollout(example, row["recipe"], ready, console)
+                print_rollout(example, row["recipe"], ready, console)
     console.save_svg(f"{config.out}/tokens.svg", title="every token in its regime")
-    console.print(*tables)
+    tests = {row["tested"]: row["test"] for row in log if "tested" in row}
+    trained = [name for name in tests if name in RECIPES]
+    with open(f"{config.out}/report.md", "w", encoding="utf-8") as file:
+        print(f"`{' '.join(sys.argv)}` with {vars(config)}", file=file)
+        paper = Console(file=file, width=100)
+        for first in ("tested", "student trained with"):
+            heads = (first, "exact match", "with the hint", "skips", "entropy (nats)")
+            table = Table(*heads, box=box.MARKDOWN)
+            names = trained
+            if first == "tested":
+                names = ["student before", "teacher", "teacher, with the hint"]
+            for name in names:
+                hinted = tests.get(f"{name}, with the hint", {}).get("exact match")
+                own = [tests[name].get(grade) for grade in ("exact match", "skips", "entropy")]
+                cells = [own[0], hinted, own[1], own[2]]
+                table.add_row(name, *["" if cell is None else f"{cell:.2f}" for cell in cells])
+            console.print(table)
+            paper.print(table)
 
 
 # --- the command line
@@ -1063,20 +880,19 @@ def read_flags(argv: list[str]) -> tuple[Config, dict]:
     usage = "python dopd.py [--flag value ...]"
     parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
     config, saved = Config(**vars(parser.parse_args(argv))), {}
-    if config.resume and len(argv) > 2:
-        raise UserError("--resume FOLDER takes no other flag: the run keeps its own")
     if config.resume:
-        with blame(f"--resume {config.resume}: no run to go on with"):
-            saved = torch.load(f"{config.resume}/checkpoint.pt", "cpu", weights_only=True)
-            flags = json.loads(Path(config.resume, "config.json").read_text())
-            config = Config(**flags | {"out": config.resume})
+        with blame(f"--resume {config.resume}, without other flags: no run to go on with"):
+            _, folder = argv
+            saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
+            flags = json.loads(Path(folder, "config.json").read_text())
+            config = Config(**flags | {"out": folder})
     config.recipe = config.recipe or [*RECIPES][:4]
     check(config)
     config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
     with blame(f"--out {config.out}"):
         Path(config.out).mkdir(parents=True, exist_ok=True)
-    if Path(config.out, "config.json").exists() and not saved:
-        raise UserError(f"--out {config.out}: holds a run; choose another folder")
+        if Path(config.out, "config.json").exists() and not saved:
+            raise ValueError("holds a run; choose another folder")
     return config, saved
 
 

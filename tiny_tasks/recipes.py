@@ -1,8 +1,8 @@
 """More methods as data, for the engine of dopd.py. `import recipes` adds them to dopd.RECIPES.
 
-    python tiny_tasks/recipes.py --recipe vanilla half dopd_half        # all flags of dopd.py
+    python tiny_tasks/recipes.py --recipe opd agree where_unsure        # all flags of dopd.py
 
-Methods of other papers are our readings of them: what their main idea becomes as a table of rows.
+Methods of other papers are our readings of them: their main idea as a table of terms.
 """
 
 import sys
@@ -11,42 +11,33 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # not needed in a script beside dopd.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed beside dopd.py
+import dopd  # noqa: E402
+from dopd import RECIPES, Recipe, Regime, Term  # noqa: E402
 
-import dopd as engine  # noqa: E402
-from dopd import RECIPES, Recipe, Regime, Row, dopd, route  # noqa: E402
+TEACHER = RECIPES["opd"].terms[0]
+HINTED_TEACHER = RECIPES["privileged_opd"].terms[0]
+BOTH_HINTED = RECIPES["dopd"].router_reads  # privileged teacher, privileged student
 
-VANILLA = RECIPES["vanilla"].rows[0]
-PRIVILEGED = RECIPES["privileged_teacher"].rows[0]
-BOTH_READ = RECIPES["dopd"].router_reads                                # the two privileged policies
+# Self distillation: the student learns from itself with the hint.
+RECIPES["opsd"] = dopd.everywhere("privileged_student")
 
-# ------------------------------------------------------------------------------------------------------- the anchor
-# Between live and frozen: a moving average of the student.
-for decay in ("98", "99", "995"):
-    RECIPES[f"dopd_{decay}"] = dopd(anchor_decay=float(f"0.{decay}"))
+# Anchors between live and frozen: a moving average of the student.
+RECIPES["dopd_98"] = dopd.dopd(anchor_decay=0.98)
+RECIPES["dopd_99"] = dopd.dopd(anchor_decay=0.99)
+RECIPES["dopd_995"] = dopd.dopd(anchor_decay=0.995)
 
 
-# ------------------------------------------------------------------------------------ the teacher with and without hint
+# --- the teacher with and without the hint
 def half(w: float = 0.5) -> Recipe:
-    """Reverse KL to the teacher with the hint (weight w) and without it (1 - w), on every token. Their sum is, but for
-    a term without gradient, one reverse KL to the weighted geometric mean of the two. It is the anchored residual of
-    AR-OPD (arXiv 2606.10385) with the plain teacher as anchor, in our reading."""
-    return Recipe([VANILLA._replace(weight=1 - w), PRIVILEGED._replace(weight=w)])
+    """The teacher with the hint (weight w) and without it (1 - w), on every token: the idea of
+    AR-OPD (arXiv 2606.10385). In the gradient, one reverse KL to their geometric mean."""
+    return Recipe([TEACHER._replace(weight=1 - w), HINTED_TEACHER._replace(weight=w)])
 
 
-def dopd_half(w: float = 0.5, anchor_decay: float = 0.0) -> Recipe:
-    """DOPD's table and router (ours): each row of the privileged teacher becomes two, with and without the hint."""
-    rows = []
-    for row in dopd().rows:
-        if row.source == "privileged_teacher":
-            rows += [row._replace(weight=w * row.weight), row._replace(source="teacher", weight=(1 - w) * row.weight)]
-        else:
-            rows.append(row)
-    return Recipe(rows, route, BOTH_READ, anchor_decay)
-
-
-RECIPES |= {"half": half(), "half_25": half(0.25), "half_75": half(0.75),
-            "dopd_half": dopd_half(), "dopd_half_frozen": dopd_half(anchor_decay=1.0)}
+RECIPES["half"] = half()
+RECIPES["half_25"] = half(0.25)
+RECIPES["half_75"] = half(0.75)
 
 
 class Teacher(IntEnum):
@@ -55,30 +46,65 @@ class Teacher(IntEnum):
 
 
 def needs_the_hint(scores) -> torch.Tensor:
-    """UNSURE: the teacher without the hint is unsure (half a nat of entropy or more). SURE: all other tokens, and those
-    that the hint makes 20 times likelier, since they are explained by the hint alone."""
+    """UNSURE: the teacher without the hint is unsure (half a nat of entropy or more), and the hint
+    does not make the token 20 times likelier. Such a token is explained by the hint alone."""
     plain, hinted = scores["teacher"], scores["privileged_teacher"]
-    return torch.where((plain.entropy > 0.5) & (hinted.logp - plain.logp < 3), Teacher.UNSURE, Teacher.SURE)
+    unsure = (plain.entropy > 0.5) & (hinted.logp - plain.logp < 3)
+    return torch.where(unsure, Teacher.UNSURE, Teacher.SURE)
 
 
 # Ours: follow the hint only where the teacher alone would not know.
-RECIPES["where_unsure"] = Recipe([VANILLA._replace(regime=Teacher.SURE), PRIVILEGED._replace(regime=Teacher.UNSURE)],
-                                 needs_the_hint, ("teacher", "privileged_teacher"))
+RECIPES["where_unsure"] = Recipe(
+    [TEACHER._replace(regime=Teacher.SURE), HINTED_TEACHER._replace(regime=Teacher.UNSURE)],
+    needs_the_hint,
+    ("teacher", "privileged_teacher"),
+)
 
 
-# ----------------------------------------------------------------------------------------------------- other papers
+# --- agree (ours)
+class Trusted(IntEnum):
+    HINTED_TEACHER = 0
+    HINTED_STUDENT = 1
+    TEACHER = 2
+
+
+def agree(threshold: float = 0.5, gap_of=torch.exp, student_may_teach: bool = True) -> Recipe:
+    """DOPD's question, would the student agree if it could read the hint, asked in probabilities.
+    If both find the token about as likely: follow the teacher with the hint. If not: follow the
+    student with the hint where it is surer than the teacher without it; else follow that teacher,
+    who knows no more than the student that is deployed."""
+
+    def whom_to_trust(scores) -> torch.Tensor:
+        teacher, student = scores["privileged_teacher"], scores["privileged_student"]
+        gap = (gap_of(teacher.logp) - gap_of(student.logp)).abs()
+        student_is_surer = (student.entropy < scores["teacher"].entropy) & student_may_teach
+        otherwise = torch.where(student_is_surer, Trusted.HINTED_STUDENT, Trusted.TEACHER)
+        return torch.where(gap < threshold, Trusted.HINTED_TEACHER, otherwise)
+
+    terms = [
+        Term(Trusted.HINTED_TEACHER, "privileged_teacher", "reverse_kl", "full", 1.0),
+        Term(Trusted.HINTED_STUDENT, "privileged_student", "reverse_kl", "full", 1.0),
+        Term(Trusted.TEACHER, "teacher", "reverse_kl", "full", 1.0),
+    ]
+    return Recipe(terms, whom_to_trust, (*BOTH_HINTED, "teacher"), anchor_decay=1.0)
+
+
+RECIPES["agree"] = agree()
+
+
+# --- other papers
 def by_teacher_entropy(scores) -> torch.Tensor:
     return torch.where(scores["teacher"].entropy > 0.8, Teacher.UNSURE, Teacher.SURE)
 
 
-# EOPD (entropy-aware): forward KL where the teacher is unsure, to cover all that it finds possible; else reverse KL.
-RECIPES["eopd"] = Recipe([VANILLA._replace(regime=Teacher.SURE),
-                          VANILLA._replace(regime=Teacher.UNSURE, objective="forward_kl")],
-                         by_teacher_entropy, ("teacher",))
+# EOPD: forward KL where the teacher is unsure, to cover all that it finds possible.
+terms = [TEACHER._replace(regime=Teacher.SURE)]
+terms.append(TEACHER._replace(regime=Teacher.UNSURE, objective="forward_kl"))
+RECIPES["eopd"] = Recipe(terms, by_teacher_entropy, ("teacher",))
 
 
 def importance(scores) -> torch.Tensor:
-    """High where the student is unsure, or where the teacher finds the token less likely than it does; mean 1."""
+    """High where the student is unsure, or likes the token more than the teacher does; mean 1."""
     student, teacher = scores["student"], scores["teacher"]
     unsure = student.entropy / student.entropy.max().clamp(min=1e-6)
     differs = 1 - (teacher.logp - student.logp).clamp(max=0).exp()
@@ -86,65 +112,65 @@ def importance(scores) -> torch.Tensor:
     return either / either.mean().clamp(min=1e-6)
 
 
-def agreement(scores) -> torch.Tensor:
-    """1 where student and privileged teacher agree on the token, towards 0 where they do not."""
-    return (-(scores["privileged_teacher"].logp - scores["student"].logp).abs()).exp()
+# TIP: important tokens weigh more.
+RECIPES["tip"] = Recipe([TEACHER._replace(weight=importance)], None, ("student", "teacher"))
 
-
-# TIP (token importance) weighs the tokens of vanilla. DemoPSD mixes the source with the student itself by their
-# disagreement: a geometric mixture with oneself is, in the gradient, a smaller weight.
-RECIPES["tip"] = Recipe([VANILLA._replace(weight=importance)], None, ("student", "teacher"))
-RECIPES["demopsd"] = Recipe([PRIVILEGED._replace(weight=agreement)], None, ("student", "privileged_teacher"))
-
-# -------------------------------------------------------------------------------------------------- parts of the paper
-# Table 6: only the tokens of some regimes; adaptive as in DOPD, or uniform: JS on the top-K, one source, weight 1.
-REGIME_SETS = ("HT", "HT+LH", "HT+LL", "HT+HS", "LH+LL+HT+HS")
-for names in REGIME_SETS:
-    kept = [row for row in dopd().rows if row.regime.name in names.split("+")]
-    RECIPES[names] = dopd()._replace(rows=kept)
-    RECIPES[f"{names} uniform"] = dopd()._replace(rows=[
-        Row(row.regime, "privileged_teacher", "js", "top_k", 1.0) for row in kept])
+# --- parts of DOPD
+# Table 6: the tokens of some regimes only. Uniform: one source, one objective, weight 1.
+UNIFORM = {"source": "privileged_teacher", "objective": "js", "support": "top_k", "weight": 1.0}
+for names in ("HT", "HT+LH", "HT+LL", "HT+HS", "LH+LL+HT+HS"):
+    terms = [term for term in dopd.dopd().terms if term.regime.name in names.split("+")]
+    RECIPES[names] = dopd.dopd()._replace(terms=terms)
+    terms = [term._replace(**UNIFORM) for term in terms]
+    RECIPES[f"{names} uniform"] = dopd.dopd()._replace(terms=terms)
 
 # Table 7: one source on all tokens, without routing.
-for objective in ("forward_kl", "reverse_kl", "js"):
-    for support in ("top_k", "full"):
-        RECIPES[f"{objective} {support}"] = Recipe([PRIVILEGED._replace(objective=objective, support=support)])
+for objective in dopd.DIVERGENCES:
+    for support in dopd.SUPPORTS:
+        term = HINTED_TEACHER._replace(objective=objective, support=support)
+        RECIPES[f"{objective} {support}"] = Recipe([term])
 
 
-# Table 8: DOPD with one part taken away. ("Without the student" is HT+LH; "not advantage-aware" is js top_k.)
-def changed(router=route, **fields) -> Recipe:
-    return dopd()._replace(rows=[row._replace(**fields) for row in dopd().rows], router=router)
+# Table 8: DOPD with one part changed. ("Without the student" is HT+LH.)
+def changed(**fields) -> Recipe:
+    return dopd.dopd()._replace(terms=[term._replace(**fields) for term in dopd.dopd().terms])
+
+
+def route_without_hint(scores) -> torch.Tensor:
+    return dopd.route({f"privileged_{name}": score for name, score in scores.items()})
 
 
 def by_chance(scores) -> torch.Tensor:
-    """DOPD's regimes in their shares, dealt out to the tokens by chance: all of the method but the routing."""
-    regimes = route(scores)
+    """DOPD's regimes in their shares, dealt out to the tokens by chance."""
+    regimes = dopd.route(scores)
     return regimes[torch.randperm(len(regimes), device="cpu").to(regimes.device)]
 
 
 RECIPES["without teacher"] = changed(source="privileged_student")
 RECIPES["one objective"] = changed(objective="reverse_kl")
 RECIPES["one support"] = changed(support="top_k")
-RECIPES["by chance"] = changed(router=by_chance)
-RECIPES["without hint"] = Recipe(
-    [row._replace(source=row.source.removeprefix("privileged_")) for row in dopd().rows],
-    lambda scores: route({f"privileged_{name}": scores[name] for name in scores}), ("teacher", "student"))
+terms = [term._replace(source=term.source.split("_")[-1]) for term in dopd.dopd().terms]
+RECIPES["without hint"] = Recipe(terms, route_without_hint, ("teacher", "student"))
+RECIPES["by chance"] = dopd.dopd()._replace(router=by_chance)
 
 
-# Figure 4: vanilla without a fifth of the tokens.
+# Figure 4: OPD without the fifth of the tokens with the highest gap, the lowest, or by chance.
 def drop(which: str):
-    def router(scores):
-        gap = (scores["privileged_teacher"].logp - scores["privileged_student"].logp).abs()
+    def router(scores) -> torch.Tensor:
+        gap = dopd.advantage_gap(*[scores[name].logp for name in BOTH_HINTED])
         order = {"highest": -gap, "lowest": gap, "random": torch.rand_like(gap)}[which]
-        return torch.full_like(gap, Regime.ALL, dtype=torch.long).index_fill(0, order.argsort()[:len(gap) // 5], -1)
+        regimes = torch.full_like(gap, Regime.ALL, dtype=torch.long)
+        regimes[order.argsort()[: len(gap) // 5]] = -1  # a regime without a term
+        return regimes
+
     return router
 
 
 for which in ("highest", "lowest", "random"):
-    RECIPES[f"vanilla without {which}"] = Recipe([VANILLA], drop(which), BOTH_READ)
-# Figure 10: other weights.
+    RECIPES[f"opd without {which}"] = Recipe([TEACHER], drop(which), BOTH_HINTED)
+# Figure 10: other weights than 0.6 and 0.3.
 for light, weak in ((0.6, 0.0), (0.6, 1.0), (0.3, 0.3), (1.0, 0.3), (1.0, 1.0)):
-    RECIPES[f"light {light}, weak {weak}"] = dopd(light, weak)
+    RECIPES[f"light {light}, weak {weak}"] = dopd.dopd(light, weak)
 
 if __name__ == "__main__":
-    engine.main(sys.argv[1:])
+    dopd.main(sys.argv[1:])

@@ -1,12 +1,15 @@
-"""Pictures: a task for tiny policies that see, and rows with an "image" for real models. With all flags of dopd.py.
+"""Pictures: a task for tiny policies that see, and rows with an "image" for real models.
 
-    python tiny_tasks/vision.py                        # the CPU experiment; --hint box: the hint is in the picture
-    python dopd.py --teacher Qwen/Qwen3-VL-8B-Instruct --student Qwen/Qwen3-VL-2B-Instruct --data my.jsonl
+    python tiny_tasks/vision.py                       # the CPU experiment, the hint is text
+    python tiny_tasks/vision.py --task vision_box     # the hint is in the picture
+    python tiny_tasks/vision.py --teacher Qwen/Qwen3-VL-8B-Instruct \\
+        --student Qwen/Qwen3-VL-2B-Instruct --data my.jsonl
 
-An "image" is a path, seen from the folder of my.jsonl, or anything that datasets.Image reads. If the first row has one,
-dopd.py calls `with_eyes` below. The privileged policies see the "hinted_image" of a row in its place, if there is one:
-the same picture with a box drawn in, say; then the "hint" may be "". Do not write an image placeholder into the prompt.
-Real models need pillow, and most of them torchvision.
+All flags of dopd.py work. An "image" is a path, seen from the folder of my.jsonl, or anything else
+that datasets.Image reads. The privileged policies see the "hinted_image" of a row in its place, if
+there is one: the same picture with a box drawn in, say; then the "hint" may be "". The chat
+template puts the picture before the prompt. Pictures may have unequal sizes. Real models need
+pillow, and most of them torchvision.
 """
 
 import sys
@@ -16,115 +19,202 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from matplotlib import pyplot
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # not needed in a script beside dopd.py
+# Not needed in a script that stands beside dopd.py.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dopd  # noqa: E402
 
-# Tiles of 8 x 8 dots. Glyphs of the stable names and digits: five rows of three wide dots, in octal. Covers: lines.
-FONT = ("25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 "
-        "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717").split()
-DOTS = torch.tensor([[[int(row) >> place & 1 for place in (2, 2, 1, 1, 0, 0)] for row in glyph] for glyph in FONT])
-TILES = dict(zip("abcdefghij0123456789", torch.nn.functional.pad(DOTS, (1, 1, 1, 2))))
-TILES |= zip("klm", torch.arange(64).view(8, 8) // torch.tensor([[[1]], [[8]], [[2]]]) % 2)
+
+# --- what a model gets beside the ids
+def seeing(look, placeholder: int):
+    """`model.see`, from look(row, hinted), which gives the inputs for the picture of one row."""
+
+    def see(rows: list[dict], reads: str, ids: Tensor) -> dict[str, Tensor]:
+        looks = {}
+        for row in rows:
+            if id(row) not in looks:  # the rollouts of a row look once
+                looks[id(row)] = look(row, row.get("is_hinted", reads == "hinted"))
+        inputs = {}
+        for name in {*looks[id(rows[0])]} - {"input_ids", "attention_mask"}:
+            inputs[name] = join([looks[id(row)][name] for row in rows]).to(ids.device)
+            if name in ("mm_token_type_ids", "token_type_ids"):
+                inputs[name] = (ids == placeholder).long()  # (B, L)
+        return inputs
+
+    return see
 
 
-def draw(row: dict, form: str) -> dict:
-    """The tiles of a row (names, 1, 8, 8). Their noise is always the same, so no picture has to be stored."""
-    names, noise = (row["answer"][::2], 0.0) if form == "box" else (row["prompt"][1:-1], 0.3)
-    clean, luck = torch.stack([TILES[name] for name in names])[:, None] - 0.5, torch.Generator()
-    luck.manual_seed(zlib.crc32(row["prompt"].encode()))
-    return {"pixel_values": clean + noise * torch.randn(clean.shape, generator=luck)}
-
-
-def picture(row: dict, form: str):
-    """Opened when it is needed: the pixels of all rows would not fit into memory."""
-    return datasets.Image().decode_example(form != "none" and row.get("hinted_image") or row["image"]).convert("RGB")
-
-
-def looking(see, hint: str = "none", placeholder: int | None = None):
-    """`model.look`, from see(row, form of the hint). The rows of the warm start tell the form themselves."""
-    def look(rows, reads, ids) -> dict:
-        seen = {key: see(row, row.get("form", hint if reads == "hinted" else "none"))
-                for key, row in {id(row): row for row in rows}.items()}           # the rollouts of a row look once
-        return {name: (ids == placeholder).long() if name.endswith("token_type_ids") else
-                torch.cat([seen[id(row)][name] for row in rows]).to(ids.device)
-                for name in {*seen[id(rows[0])]} - {"input_ids", "attention_mask"}}
-    return look
+def join(parts: list[Tensor]) -> Tensor:
+    """One after the other. Smaller pictures get zeros at the end, as in a processor's own batch."""
+    sizes = torch.tensor([part.shape for part in parts])
+    whole, start = parts[0].new_zeros(sum(sizes[:, 0]), *sizes[:, 1:].amax(0)), 0
+    for part in parts:
+        end = start + len(part)
+        whole[(slice(start, end), *[slice(size) for size in part.shape[1:]])] = part
+        start = end
+    return whole
 
 
 def load(config, max_new_tokens: int) -> tuple:
-    """Gives eyes to the models. None may write a placeholder, which would have no picture."""
-    tokenizer, *models = dopd.load(config, max_new_tokens, transformers.AutoModelForImageTextToText)
-    if config.data:
-        with dopd.explained(f"--student {config.student}"):
-            processor = transformers.AutoProcessor.from_pretrained(config.student)
-
-        def see(row, form, text=processor.image_token):
-            with dopd.explained(f"{row['prompt'][:50]!r}, its picture"):
-                return processor(text=[text], images=[[picture(row, form)]], return_tensors="pt",
-                                 add_special_tokens=not text.startswith(tokenizer.bos_token or "\n"))
-        tokenizer.chat_template, tokenizer.save_pretrained = processor.chat_template, processor.save_pretrained
-        tokenizer.apply_chat_template = lambda chats, **options: processor.apply_chat_template([[chat[0] | {"content": [
-            {"type": "image"}, {"type": "text", "text": chat[0]["content"]}]}] for chat in chats], **options)
-        tokenizer.read = lambda rows, form, texts: [
-            see(row, form, text)["input_ids"][0].tolist() for row, text in zip(rows, texts)]
+    """Models that see. None of them may write a placeholder, which would have no picture."""
+    auto = transformers.AutoModelForImageTextToText
+    tokenizer, *models = dopd.load(config, max_new_tokens, auto)
+    kinds = ("image_token_", "video_token_", "vision_start", "vision_end", "boi_", "eoi_")
     for model in models:
-        model.look = looking(see if config.data else draw, config.hint, model.config.image_token_id)
-        model.generation_config.suppress_tokens = (model.generation_config.suppress_tokens or []) + [
-            value for name, value in model.config.to_dict().items() if isinstance(value, int)
-            and name.startswith(("image_token_", "video_token_", "vision_start", "vision_end", "boi_", "eoi_"))]
+        none = model.generation_config.suppress_tokens or []
+        for name, value in model.config.to_dict().items():
+            if name.startswith(kinds) and isinstance(value, int):
+                none.append(value)
+        model.generation_config.suppress_tokens = none
     return tokenizer, *models
 
 
-def report(log, tokenizer, folder) -> None:
-    """pictures.png: what the student of the tiny task saw in the rollouts that dopd.report prints."""
-    dopd.report(log, tokenizer, folder)
-    shown = [(row, *rollout) for row in log if "validation" in row and dopd.RECIPES[row["recipe"]].router
-             for rollout in row["rollouts"]]
-    figure = pyplot.figure(figsize=(12, len(shown) // 2 + 1), layout="constrained")
-    for place, (row, prompt, ids, *_) in enumerate(shown, 1):
-        title = f"{row['recipe']} {row['step']}: {prompt[0]}###={tokenizer.decode(ids)}"
-        axis = figure.add_subplot(len(shown) // 4, 4, place, title=title, xticks=[], yticks=[])
-        axis.imshow(torch.cat([*draw({"prompt": prompt}, "none")["pixel_values"][:, 0]], 1).numpy(), "gray")
-    figure.savefig(f"{folder}/pictures.png", dpi=80)
+# --- the tiny task
+# Tiles of 8 x 8 dots. Glyphs of names and digits: five rows of three wide dots, in octal.
+FONT = """
+25755 65656 34443 65556 74647 74644 34553 55755 72227 11152
+75557 26227 71747 71717 55711 74717 74757 71111 75757 75717
+"""
+TILES = {}
+for character, glyph in zip("abcdefghij0123456789", FONT.split(), strict=True):
+    dots = [[int(row) >> place & 1 for place in (2, 2, 1, 1, 0, 0)] for row in glyph]
+    TILES[character] = torch.nn.functional.pad(torch.tensor(dots), (1, 1, 1, 2))  # (8, 8)
+COLUMNS = torch.arange(8).expand(8, 8)
+TILES |= {"k": COLUMNS % 2, "l": COLUMNS.T % 2, "m": COLUMNS // 2 % 2}  # covers: nothing but lines
 
 
 class Vision(dopd.Rules):
-    """`rules` with pictures: of the prompt `7fbk=` the model reads `7###=` and sees three noisy tiles. A stable name is
-    a glyph. A wild name is a cover: nobody sees what is under it. The hint `box` shows the digits in their place."""
-    CHARACTERS = "0123456789=|#"
-    look, load, report = staticmethod(looking(draw)), staticmethod(load), staticmethod(report)
+    """`rules` with pictures: of the prompt `7fbk=` the model reads `7###=` and sees three noisy
+    tiles. A stable name is a glyph. A wild name is a cover: nobody sees what is under it."""
 
-    def problem(self, rng) -> dict:
-        row = super().problem(rng)
-        return row | {"hints": row["hints"] | {"box": ""}}
+    characters = "0123456789=|#"
+    has_box = False
 
-    def policy(self, characters: str, layers: int) -> tuple:
+    def build(self, characters: str, layers: int) -> tuple:
         """A one-layer CLIP makes one token of a tile, before the tiny Qwen3."""
         tokenizer, text = dopd.tiny_policy(characters, layers)
-        tokenizer.backend_tokenizer.model.unk_token = "#"               # what a name becomes: no other is unknown
-        return tokenizer, transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-            text_config=text.config, image_token_id=tokenizer.convert_tokens_to_ids("#"), tie_word_embeddings=True,
-            vision_feature_layer=-1, vision_config={"hidden_size": 64, "intermediate_size": 128, "num_channels": 1,
-                "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 8}))
+        tokenizer.backend_tokenizer.model.unk_token = "#"  # what a name becomes
+        placeholder = tokenizer.convert_tokens_to_ids("#")
+        eyes = {"hidden_size": 64, "intermediate_size": 128, "num_channels": 1}
+        eyes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 8}
+        config = transformers.LlavaConfig(
+            text_config=text.config,
+            vision_config=eyes,
+            image_token_id=placeholder,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+        model.see = seeing(self.look, placeholder)
+        return tokenizer, model
+
+    def load(self, config, max_new_tokens: int) -> tuple:
+        tokenizer, *models = load(config, max_new_tokens)
+        for model in models:
+            model.see = seeing(self.look, model.config.image_token_id)
+        return tokenizer, *models
+
+    def look(self, row: dict, hinted: bool) -> dict[str, Tensor]:
+        """The tiles of a row (names, 1, 8, 8), always with the same noise. The box shows the digits
+        in their place, without noise."""
+        names, noise = row["prompt"][1:-1], 0.3
+        if hinted and self.has_box:
+            names, noise = row["hint"], 0.0
+        generator = torch.Generator().manual_seed(zlib.crc32(row["prompt"].encode()))
+        clean = torch.stack([TILES[name] for name in names])[:, None] - 0.5
+        return {"pixel_values": clean + noise * torch.randn(clean.shape, generator=generator)}
+
+    def encode(self, rows: list[dict], tokenizer, models: tuple, template: str) -> None:
+        for row in rows:
+            row["plain"] = tokenizer(row["prompt"]).input_ids
+            row["hinted"] = tokenizer(template.format(**row)).input_ids
+
+
+class VisionBox(Vision):
+    has_box = True
+
+
+rules = dopd.TASKS["rules"]
+dopd.TASKS["vision"] = Vision(*rules)
+dopd.TASKS["vision_box"] = VisionBox(*rules)._replace(hint_template="{prompt}")
+blind = [author._replace(hinted=0.0) for author in (rules.teacher, rules.student)]
+dopd.TASKS["vision_none"] = Vision(*blind, hint_template="{prompt}")  # nobody gets the hint
+
+
+# --- rows of --data, for real models
+class Reader:
+    """A processor in the place of a tokenizer."""
+
+    def __init__(self, processor):
+        self.processor, self.words = processor, processor.tokenizer
+        self.chat_template, self.decode = processor.chat_template, processor.decode
+        self.save_pretrained = processor.save_pretrained
+        self.nothing = self.apply_chat_template([{"content": ""}], tokenize=False)
+
+    def __call__(self, text: str, **options):
+        return self.words(text, **options)
+
+    def apply_chat_template(self, turns: list[dict], **options) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": turns[0]["content"]}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], **options)
+
+    def look(self, row: dict, hinted: bool, text: str = ""):
+        """All inputs for one row: ids of the text, with placeholders, and what becomes of them."""
+        text = text or self.nothing
+        begins = text.startswith(self.words.bos_token or text)
+        with dopd.blame(f"{row['prompt'][:50]!r}, its picture"):
+            options = {"return_tensors": "pt", "add_special_tokens": not begins}
+            return self.processor(text=[text], images=[[picture(row, hinted)]], **options)
+
+
+def picture(row: dict, hinted: bool):
+    """Opened when it is needed: the pixels of all rows would not fit into memory."""
+    image = row["image"]
+    if hinted and row["hinted_image"]:
+        image = row["hinted_image"]
+    return datasets.Image().decode_example(image).convert("RGB")
 
 
 class Pictures(dopd.OwnData):
-    load = staticmethod(load)
+    def read_rows(self, config) -> list[dict]:
+        """Pictures become {"path", "bytes"}, plain data that a checkpoint holds. All are opened
+        once: none may be missing, and none may be both trained and tested on."""
+        names = ("image", "hinted_image")
+        rows, folder = dopd.read_rows(config, names), Path(config.data).absolute().parent
+        for number, row in enumerate(rows, 1):
+            for name in names:
+                if isinstance(row[name], str):
+                    row[name] = {"path": str(folder / row[name]), "bytes": None}
+                elif not isinstance(row[name], dict):
+                    row[name] = None
+            with dopd.blame(f"--data {config.data}, row {number}: no picture"):
+                picture(row, True)
+                row["split_by"] = zlib.crc32(picture(row, False).tobytes())
+        return rows
+
+    def load(self, config, max_new_tokens: int) -> tuple:
+        _, *models = load(config, max_new_tokens)
+        readers = {}
+        for role, name in (("teacher", config.teacher), ("student", config.student)):
+            with dopd.blame(f"--{role} {name}, its processor"):
+                readers[role] = Reader(transformers.AutoProcessor.from_pretrained(name))
+        ours, theirs = [reader.processor.image_processor.to_dict() for reader in readers.values()]
+        if ours != theirs:
+            raise dopd.UserError("--teacher, --student: their image processors differ")
+        for model in models:
+            model.see = seeing(readers["student"].look, model.config.image_token_id)
+        return readers["student"], *models
+
+    def encode(self, rows: list[dict], tokenizer, models: tuple, template: str) -> None:
+        def read(row: dict, reads: str, text: str) -> list[int]:
+            return tokenizer.look(row, reads == "hinted", text)["input_ids"][0].tolist()
+
+        dopd.encode(rows, tokenizer, models, template, read)
 
 
-def with_eyes(task, rows: list[dict], config) -> Pictures:
-    """The task of --data, for models that see. Pictures become {"path", "bytes"}: plain data, as a checkpoint holds."""
-    folder = Path(config.data).absolute().parent
-    for number, row in enumerate(rows, 1):
-        with dopd.explained(f"--data {config.data}, row {number}: no picture"):
-            row |= {name: {"path": str(folder / row[name]), "bytes": None} for name in ("image", "hinted_image")
-                    if isinstance(row.get(name), str)}
-            row.setdefault("split_by", zlib.crc32(picture(row, "none").tobytes()))      # not both trained and tested on
-    return Pictures(*task)
-
-
-dopd.TASKS["vision"] = Vision(*dopd.TASKS["rules"])
 if __name__ == "__main__":
-    dopd.main(sys.argv[1:] if "--resume" in sys.argv else ["--task", "vision", *sys.argv[1:]])
+    argv = sys.argv[1:]
+    if "--resume" not in argv:  # which takes no other flag
+        argv = ["--task", "vision", *argv]
+    dopd.main(argv, Pictures)
