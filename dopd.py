@@ -1,15 +1,15 @@
 """DOPD, Dual On-policy Distillation (arXiv 2606.30626), in one file to be read from top to bottom.
 
-A student samples its own answers, and a stronger teacher grades every token of them. In training
-both may read a hint that the student will not see later. For each token DOPD asks: if the student
-could read the hint too, would it agree with the teacher? If yes, a light correction is enough. If
-no, the one that is surer of the token teaches it.
+A student samples its own answers; a stronger teacher grades every token. In training both may read
+a hint that the student will not see later. For each token DOPD asks: if the student could read the
+hint too, would it agree with the teacher? If yes, a light correction is enough. If no, the one that
+is surer of the token teaches it.
 
-    python dopd.py      # the CPU experiment: minutes, then look into runs/
+    python dopd.py && python tiny_tasks/figures.py  # the CPU experiment, and its figures
     python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda
 
-Shapes: B completions have N tokens in all, joined end to end; V words are in the vocabulary; H is
-the hidden size; a recipe has R terms. Logarithms are natural; divergences and gaps are in nats.
+Shapes: B completions have N tokens, joined end to end; V words are in the vocabulary; H is the
+hidden size; a recipe has R terms. Divergences and gaps are in nats.
 """
 
 import copy
@@ -31,6 +31,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
+import numpy
 import pandas
 import regex
 import tokenizers
@@ -39,7 +40,6 @@ import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -173,7 +173,7 @@ class OwnData:
             self.pattern = regex.compile(config.answer_regex)
 
     def answer(self, text: str) -> str:
-        """The last match, or its group, that is not empty; "" if the search takes too long."""
+        """The last match that is not empty, or its group; none if the search takes too long."""
         found = [""]
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
@@ -219,9 +219,8 @@ class LogProbs:
 
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=10_000) -> LogProbs:
-    """Log-probs of the N tokens of the completions, each after what the policy reads of its row;
-    `size` completions per forward pass. All padding is at the end, where no token looks: it needs
-    no mask and no positions."""
+    """Log-probs of the N tokens of the completions, each after what the policy reads of its row.
+    All padding is at the end, where no token looks: it needs no mask and no positions."""
     model, hidden = policy.model, []
     for i in range(0, len(rows), size):
         part, texts, predicts = rows[i : i + size], [], []
@@ -263,8 +262,7 @@ def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
 
 # --- divergences
 def reverse_kl(student: Tensor, source: Tensor) -> Tensor:
-    """KL(student || source), log-probs (..., V) -> (...): avoid what the source finds unlikely. A
-    word that the student rules out counts 0; one that only the source rules out, infinity."""
+    """KL(student || source), log-probs (..., V) -> (...): avoid what the source finds unlikely."""
     return (student.exp() * (student - source).masked_fill(student == -math.inf, 0)).sum(-1)
 
 
@@ -274,8 +272,7 @@ def forward_kl(student: Tensor, source: Tensor) -> Tensor:
 
 
 def js_divergence(student: Tensor, source: Tensor) -> Tensor:
-    """Jensen-Shannon, log-probs (..., V) -> (...), at most ln 2: the mean KL of both to the mixture
-    halfway between them."""
+    """Jensen-Shannon, log-probs (..., V) -> (...): the mean KL of both to their even mixture."""
     lowest = torch.finfo(student.dtype).min  # logaddexp(-inf, -inf) has no gradient
     mixture = torch.logaddexp(student.clamp(min=lowest), source.clamp(min=lowest)) - math.log(2)
     return 0.5 * (reverse_kl(source, mixture) + reverse_kl(student, mixture))
@@ -283,8 +280,7 @@ def js_divergence(student: Tensor, source: Tensor) -> Tensor:
 
 def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Both log-probs (..., V) on the student's k likeliest words, and one bucket for all others:
-    two (..., k+1). The paper does not say whose top-K, nor what becomes of the rest. Without the
-    bucket, mass outside the top-K would cost nothing."""
+    two (..., k+1). The paper is silent about both. Without the bucket the rest would be free."""
     top, both = student.topk(min(k, student.shape[-1]), -1).indices, []  # (..., k)
     for logp in (student, source):
         others = logp.scatter(-1, top, torch.finfo(logp.dtype).min)  # logsumexp needs one number
@@ -323,12 +319,10 @@ def route(scores: dict[str, Scores], kept: float = 0.95) -> Tensor:
     q_teacher, q_student = teacher_logp.exp(), student_logp.exp()
     q_sum = q_teacher + q_student
     gap = advantage_gap(teacher_logp, student_logp)
-
     limit = gap.sort().values[int(kept * (len(gap) - 1))]  # torch.quantile takes 16 million at most
     typical = gap <= limit
     mean_gap = gap[typical].mean()
     mean_sum = q_sum[typical].mean()
-
     if_low = torch.where(q_sum >= mean_sum, Regime.LH, Regime.LL)
     if_high = torch.where(q_teacher >= q_student, Regime.HT, Regime.HS)
     return torch.where(gap < mean_gap, if_low, if_high)
@@ -402,9 +396,8 @@ def assign(recipe: Recipe, scores: dict[str, Scores], lengths: Tensor) -> tuple[
 
 
 def recipe_loss(recipe: Recipe, student, sources: dict, weights: Tensor, top_k: int) -> Tensor:
-    """The sum over terms and tokens of weight (R, N) x divergence: a scalar, in nats. `student` and
-    each of the sources is LogProbs or a tensor (N, V). Only the student gets a gradient. Log-probs
-    are computed again in the backward pass, not kept."""
+    """The sum over terms and tokens of weight (R, N) x divergence. `student` and each source is
+    LogProbs or a tensor (N, V); they are computed again in the backward pass, not kept."""
 
     def divergence(term: Term, index: Tensor) -> Tensor:
         student_logp = student[index]  # (n, V)
@@ -422,13 +415,11 @@ def recipe_loss(recipe: Recipe, student, sources: dict, weights: Tensor, top_k: 
 
 
 def dopd_loss(student, privileged_teacher, privileged_student, tokens, mask, top_k, **betas):
-    """DOPD in one call, for other trainers: log-probs (B, T, V), tokens (B, T), mask (B, T) bool ->
-    a scalar, in nats. `betas` are those of `dopd`. Raises ValueError for logits."""
-    logps = {"student": student[mask]}  # (N, V)
-    logps["privileged_teacher"] = privileged_teacher[mask]
+    """DOPD in one call, for other trainers: log-probs (B, T, V), tokens and mask (B, T) -> nats."""
+    logps = {"privileged_teacher": privileged_teacher[mask], "student": student[mask]}  # (N, V)
     logps["privileged_student"] = privileged_student[mask]
     for name, logp in logps.items():
-        if not (logp.detach().float().logsumexp(-1).abs() < 0.05).all():
+        if not torch.allclose(logp.detach().float().logsumexp(-1), torch.zeros(()), atol=0.05):
             raise ValueError(f"{name}: no log-probs; take log_softmax of the logits first")
     recipe, lengths = dopd(**betas), mask.sum(1)
     scores = {name: token_scores(logps[name], tokens[mask]) for name in recipe.router_reads}
@@ -489,7 +480,7 @@ def clip_gradient(model) -> float:
 
 
 def example(i: int, names: dict, rows: list, completions: list, regimes, scores: dict) -> dict:
-    """One completion with the regimes of its tokens, and their probabilities, for the report."""
+    """For the figures: a completion, the regimes of its tokens, and their probabilities."""
     start = sum(len(ids) for ids in completions[:i])
     own, shown = slice(start, start + len(completions[i])), {"ids": completions[i]}
     shown |= {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
@@ -518,9 +509,9 @@ def warm_start(task, role: str, held_out: set[str], config: Config, steps: int =
     torch.manual_seed(config.seed)
     rng, author = random.Random(config.seed), getattr(task, role)
     row = task.problem(rng)
-    for hinted in (False, True):
-        two = [task.solution(row, hinted, author, rng) for _ in range(2)]
-        print(f"{role}, {row['prompt']} (hint {row['hint']}, read: {hinted}) -> {' or '.join(two)}")
+    for hinted in (False, False, True, True):
+        solution = task.solution(row, hinted, author, rng)
+        print(f"the {role}'s author, {hinted and row['hint']}|{row['prompt']} -> {solution}")
     tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
     model.vocabulary = len(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -532,7 +523,7 @@ def warm_start(task, role: str, held_out: set[str], config: Config, steps: int =
                 rows.append(row | {"is_hinted": hinted})
                 texts.append(task.hint_template.format(**row) if hinted else row["prompt"])
                 solutions.append(task.solution(row, hinted, author, rng) + "<eos>")
-        with blame("the task: are all characters of its rows in `characters`?"):
+        with blame("the task: are all its characters in `characters`?"):
             prompts, completions = tokenizer(texts).input_ids, tokenizer(solutions).input_ids
         rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
@@ -563,15 +554,12 @@ def read_rows(config) -> list[dict]:
             table = READERS[path.suffix](path).to_dict("records")
         else:
             table = datasets.load_dataset(config.data, split="train").to_list()
+    columns = ("prompt", "answer", "hint")
     for number, row in enumerate(table, 1):
-        if row.get("image"):
-            raise UserError(f"--data {path}: has pictures, which tiny_tasks/vision.py reads")
-        for name in ("prompt", "answer", "hint"):
-            if not isinstance(row.get(name), str):
-                raise UserError(
-                    f"--data {path}, row {number}: {name} is no text: {row.get(name)!r}"
-                )
-    return [{name: row[name] for name in ("prompt", "answer", "hint")} for row in table]
+        wrong = [name for name in columns if not isinstance(row.get(name), str)]
+        if wrong or row.get("image"):
+            raise UserError(f"--data {path}, row {number}: no text in {wrong}, or has an image")
+    return [{name: row[name] for name in columns} for row in table]
 
 
 def encode(rows: list[dict], tokenizer, models: tuple, template: str) -> None:
@@ -590,11 +578,10 @@ def encode(rows: list[dict], tokenizer, models: tuple, template: str) -> None:
             shown, ids = render(text, tokenizer)
             same, row[reads] = known.setdefault(tuple(ids), text), ids
             lost = row["prompt"].strip() not in shown or hint.strip() not in shown
-            if lost or same != text or not 0 < len(ids) <= room or max(ids) >= model.vocabulary:
-                raise UserError(
-                    f"{reads} prompt {shown[-99:]!r}: a template loses prompt or hint, or its "
-                    f"{len(ids)} tokens are more than {room}, or unknown, or those of {same[-99:]!r}"
-                )
+            fits = 0 < len(ids) <= room and max(ids) < model.vocabulary
+            if lost or same != text or not fits:
+                why = f"lacks its hint, or {len(ids)} tokens are over {room}, unknown, or also of"
+                raise UserError(f"{reads} prompt {shown[-60:]!r}: {why} {same[-60:]!r}")
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
@@ -633,25 +620,24 @@ def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) ->
 def set_sampling(two_tokenizers: tuple, models: tuple, max_new_tokens: int) -> None:
     """One vocabulary for both models; they sample from their own distribution, nothing else."""
     words, others = [tokenizer.get_vocab() for tokenizer in two_tokenizers]
-    for word, _ in sorted(words.items() ^ others.items(), key=lambda item: item[1]):
+    if words != others:
+        word, _ = min(words.items() ^ others.items(), key=lambda item: item[1])
         raise UserError(f"--teacher, --student: their tokenizers differ, first in {word!r}")
-    ends, heights = {tokenizer.eos_token_id for tokenizer in two_tokenizers}, []
+    ends = {tokenizer.eos_token_id for tokenizer in two_tokenizers}
     for model in models:
-        own = model.generation_config.eos_token_id
-        ends |= {*own} if isinstance(own, list) else {own}
-        heights.append(model.get_input_embeddings().num_embeddings)
+        ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
     ends = sorted(ends - {None})
     if not ends:
         raise UserError("--teacher, --student: neither has an end token")
+    heights = [model.get_input_embeddings().num_embeddings for model in models]
     for model, height in zip(models, heights, strict=True):
         # A table may have rows beyond the words: they are neither scored nor sampled.
         model.vocabulary = min(max(words.values()) + 1, *heights)
         no_words = [*range(model.vocabulary, height)] or None
         own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         own |= {"eos_token_id": ends, "pad_token_id": ends[0], "suppress_tokens": no_words}
-        model.generation_config = transformers.GenerationConfig(
-            max_new_tokens=max_new_tokens, **own
-        )
+        own["max_new_tokens"] = max_new_tokens
+        model.generation_config = transformers.GenerationConfig(**own)
 
 
 @torch.no_grad()
@@ -718,10 +704,10 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
     loading = getattr(task, "load", load)
     if saved:
         return Ready(task, saved["splits"], *loading(config, task.max_new_tokens))
-    rng = random.Random(0)
     if config.data:
         rows = getattr(task, "read_rows", read_rows)(config)
     else:
+        rng = random.Random(0)
         rows = [task.problem(rng) for _ in range(12_000)]
     splits = split(rows)
     if not config.teacher:
@@ -800,11 +786,10 @@ def run(config: Config, saved: dict, own_data=OwnData) -> None:
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
 
     def test(name: str, model) -> None:
+        rows = ready.splits["test"][: config.test_prompts]
         for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
-            rows = ready.splits["test"][: config.test_prompts]
-            log.append(
-                {"tested": label, "test": evaluate(Policy(model, reads), rows, ready, config)}
-            )
+            grades = evaluate(Policy(model, reads), rows, ready, config)
+            log.append({"tested": label, "test": grades})
 
     # bfloat16 is for the matrix products only. No cache: it would serve the weights of before.
     half = config.dtype == "bfloat16"
@@ -823,55 +808,36 @@ def run(config: Config, saved: dict, own_data=OwnData) -> None:
 
 
 # --- the report
-COLOURS = ["#8fd18f", "#c8c8c8", "#8ab8f5", "#ffb061", "#e3b7e8", "#f2e58f"]  # of the regimes
+COLUMNS = """
+- exact match: share of right completions that ended by themselves, sampled without the hint
+- with the hint: the same, if it may read the hint
+- skips: share of completions that leave out the steps
+- entropy: of the prediction of the next token, in nats
 
-
-def print_rollout(example: dict, recipe: str, ready: Ready, console: Console) -> None:
-    """The tokens in the colours of their regimes, with its letters and their probabilities."""
-    text = ready.tokenizer.decode(example["ids"], skip_special_tokens=True)
-    right = ready.task.grade(example, text).get("exact match", "needs a guess")
-    given = ", ".join(f"{key} {example[key]!r}" for key in ("prompt", "hint", "answer"))
-    console.print(Text(f"\n{given}; right: {right}"))
-    names = dict.fromkeys(term.regime.name for term in RECIPES[recipe].terms)
-    colours = dict(zip(names, COLOURS, strict=False))
-    lines = {"token": [ready.tokenizer.decode([token]) for token in example["ids"]]}
-    lines["regime"] = example["regimes"]
-    for policy in RECIPES[recipe].router_reads:
-        lines[policy] = [f"{q:.2f}" for q in example[policy]]
-    for head, cells in lines.items():
-        line = Text(f"{head:>18} ")
-        for cell, regime in zip(cells, example["regimes"], strict=True):
-            line.append(f"{cell:^6}", f"black on {colours.get(regime, 'white')}")
-        console.print(line, no_wrap=True)
+Does a student end above `opd`, whose teacher reads no hint? Does it skip like the teacher with the
+hint? Then it has copied a habit that only the hint explains.
+"""
 
 
 def report(log: list[dict], ready: Ready, config: Config) -> None:
-    """Prints some rollouts and the table; writes them (tokens.svg, report.md)."""
-    console = Console(record=True, width=100)
-    for row in log:
-        if row.get("step") in (1, config.steps) and RECIPES[row["recipe"]].router:
-            console.print(f"\n{row['recipe']}, step {row['step']}: what the student wrote")
-            for example in row["rollouts"]:
-                print_rollout(example, row["recipe"], ready, console)
-    console.save_svg(f"{config.out}/tokens.svg", title="every token in its regime")
+    """Prints the results, and writes them into report.md."""
     tests = {row["tested"]: row["test"] for row in log if "tested" in row}
-    trained = [name for name in tests if name in RECIPES]
+    trained = [name for name in tests if name in config.recipe]
+    before = ["student before", "teacher", "teacher, with the hint"]
     with open(f"{config.out}/report.md", "w", encoding="utf-8") as file:
-        print(f"`{' '.join(sys.argv)}` with {vars(config)}", file=file)
-        paper = Console(file=file, width=100)
-        for first in ("tested", "student trained with"):
-            heads = (first, "exact match", "with the hint", "skips", "entropy (nats)")
-            table = Table(*heads, box=box.MARKDOWN)
-            names = trained
-            if first == "tested":
-                names = ["student before", "teacher", "teacher, with the hint"]
+        consoles = [Console(), Console(file=file, width=100)]
+        given = f"{config.data or config.task}, seed {config.seed}, {config.steps} steps"
+        print(f"`{' '.join(sys.argv)}`: {given}; all flags: config.json\n", file=file)
+        for first, names in (("tested", before), ("student trained with", trained)):
+            heads = ("exact match", "with the hint", "skips", "entropy")
+            table = Table(first, *heads, box=box.MARKDOWN)
             for name in names:
-                hinted = tests.get(f"{name}, with the hint", {}).get("exact match")
-                own = [tests[name].get(grade) for grade in ("exact match", "skips", "entropy")]
-                cells = [own[0], hinted, own[1], own[2]]
-                table.add_row(name, *["" if cell is None else f"{cell:.2f}" for cell in cells])
-            console.print(table)
-            paper.print(table)
+                hinted = tests.get(f"{name}, with the hint", {}).get("exact match", math.nan)
+                cells = {"skips": math.nan, **tests[name], "with the hint": hinted}
+                table.add_row(name, *[f"{cells[head]:.2f}" for head in heads])
+            for console in consoles:
+                console.print(table)
+        print(COLUMNS, file=file)
 
 
 # --- the command line

@@ -29,12 +29,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import pandas  # noqa: E402
-import recipes  # noqa: E402, F401  (adds its methods)
+import recipes  # noqa: E402
 import torch  # noqa: E402
+import vision  # noqa: E402, F401  (adds its tasks)
 from torch.nn import functional  # noqa: E402
 
 import dopd  # noqa: E402
-from dopd import STRONG, TASKS, WEAK, Policy, Rules  # noqa: E402
+from dopd import RECIPES, STRONG, TASKS, WEAK, Policy, Rules  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
@@ -91,6 +92,35 @@ TASKS["hints ignored"] = HintsIgnored(STRONG, WEAK)
 TASKS["half ignored"] = HalfIgnored(STRONG, WEAK)
 TASKS["wrong hints"] = WrongHints(STRONG, WEAK)
 TASKS["six names"] = Rules(STRONG, WEAK, max_new_tokens=13, length=6)
+TASKS["pictures"] = TASKS["vision_box"]
+
+
+class OtherHint(Rules):
+    """Another form of the hint. The authors know what it means."""
+
+    form = "none"
+
+    def problem(self, rng):
+        row = super().problem(rng)
+        digits = [int(digit) for digit in row["hint"]]
+        forms = {"execution": row["answer"], "answer": row["answer"][-1], "none": ""}
+        return row | {"hint": forms.get(self.form, str(sum(digits)))}
+
+    def solution(self, row, hinted, author, rng):
+        hinted = hinted and self.form != "none"
+        return super().solution(row | {"hint": row["answer"][::2]}, hinted, author, rng)
+
+
+HINTS = ["execution", "summary", "answer", "none"]
+for form in HINTS:
+    TASKS[f"rules, {form}"] = type("Hint", (OtherHint,), {"form": form})(STRONG, WEAK)
+for name in ("shortcut", "rules"):
+    for layers in (1, 4):
+        student = TASKS[name].student._replace(layers=layers)
+        TASKS[f"{name}, {layers}"] = TASKS[name]._replace(student=student)
+MAP = [f"{teacher} {student}" for teacher in (0.35, 0.7, 0.95) for student in (0.0, 0.1, 0.3)]
+for name in MAP:
+    TASKS[name] = skipping(*map(float, name.split()))
 
 
 # --- 2. experiments
@@ -102,21 +132,106 @@ class Experiment(NamedTuple):
     seeds: range = range(3)
 
 
+# agree with one part changed
+AGREE = RECIPES["agree"]
+PAPERS = [("top_k", 0.6, "reverse_kl"), ("top_k", 0.6, "reverse_kl"), ("full", 1.0, "js")]
+AGREE_PARTS = {
+    "agree, log gap": recipes.agree(threshold=1.1, gap_of=lambda logp: logp),
+    "agree, live anchor": AGREE._replace(anchor_decay=0.0),
+    "agree, slow anchor": AGREE._replace(anchor_decay=0.99),
+    "agree, no teacher": AGREE._replace(terms=AGREE.terms[:2]),  # such tokens teach nothing
+    "agree, no student": recipes.agree(student_may_teach=False),
+    "agree, below 0.3": recipes.agree(threshold=0.3),
+    "agree, below 0.7": recipes.agree(threshold=0.7),
+}
+terms = []
+for term, (support, weight, objective) in zip(AGREE.terms, PAPERS, strict=True):  # of LH, HS, HT
+    terms.append(term._replace(support=support, weight=weight, objective=objective))
+AGREE_PARTS["agree, paper's terms"] = AGREE._replace(terms=terms)
+
+# A frozen anchor that is copied anew. For dopd.py a decay above 1 is frozen; `step` copies it.
+RENEWED = {}
+for name in ("dopd_frozen", "agree"):
+    for every in (40, 80):
+        RENEWED[f"{name}, renewed every {every}"] = RECIPES[name]._replace(anchor_decay=every)
+KNOWN = [*RECIPES]  # of dopd.py and recipes.py
+RECIPES |= AGREE_PARTS | RENEWED
+
 METHODS = ["opd", "privileged_opd", "dopd", "dopd_99", "dopd_frozen", "half", "where_unsure"]
 METHODS += ["agree", "by chance", "sft"]
+OURS = ["opd", "privileged_opd", "dopd", "dopd_frozen", "half", "where_unsure", "agree"]
+BOTH = ["shortcut", "rules"]
 SITUATIONS = ["rules", "shortcut", "teacher skips 95%", "both skip", "mistaken"]
-SITUATIONS += ["hints ignored", "half ignored", "wrong hints", "six names"]
+SITUATIONS += ["hints ignored", "half ignored", "wrong hints", "six names", "pictures"]
 
 
-def flags_of(setting: str, student: str = "student", **more) -> dict:
-    """A setting whose tiny policies come from the run of a situation with the same seed."""
+def same(setting: str, student: str = "student", **flags) -> dict:
+    """A setting that starts from the policies of a situation with the same seed: run it first."""
     folder = f"{ROOT}/runs/situations/{setting.replace(' ', '_')}-seed{{seed}}"
-    policies = {"teacher": f"{folder}/teacher", "student": f"{folder}/{student}"}
-    return {"task": setting, **policies, **more}
+    return {
+        "task": setting,
+        "teacher": f"{folder}/teacher",
+        "student": f"{folder}/{student}",
+    } | flags
 
 
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
+    "agree_parts": Experiment(
+        {
+            name: same(name)
+            for name in ("shortcut", "teacher skips 95%", "mistaken", "hints ignored")
+        },
+        [*AGREE_PARTS],
+    ),
+    "moves": Experiment(
+        {
+            "shortcut": same("shortcut"),
+            "shortcut, the paper's rate": same("shortcut", lr=5e-6, steps=200),
+        },
+        ["dopd"],
+    ),
+    "renewed": Experiment(
+        {
+            f"{task}, {steps} steps": same(task, steps=steps)
+            for task in BOTH
+            for steps in (160, 360)
+        },
+        ["dopd_frozen", "agree", *RENEWED],
+    ),
+    "long": Experiment(
+        {task: same(task, steps=360) for task in BOTH},
+        ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"],
+    ),
+    "methods": Experiment(
+        {task: same(task) for task in BOTH}, [name for name in KNOWN if name not in METHODS]
+    ),
+    "continual": Experiment(
+        {
+            f"{first}, then {second}: {method}": same(second, methods=[method])
+            | {"student": same(first, method)["student"]}
+            for first in BOTH
+            for second in BOTH
+            for method in OURS
+        },
+        OURS,
+    ),
+    "vision": Experiment(
+        {f"vision, {hint}": {"task": f"vision_{hint}"} for hint in ("steps", "box", "none")}, OURS
+    ),
+    "hints": Experiment({hint: {"task": f"rules, {hint}"} for hint in HINTS}, OURS),
+    "sizes": Experiment(
+        {
+            f"{task}, student of {n} layers": {"task": f"{task}, {n}"}
+            for task in BOTH
+            for n in (1, 4)
+        },
+        OURS,
+    ),
+    "rates": Experiment(
+        {f"{task} {lr}": same(task, lr=lr) for task in BOTH for lr in (1e-4, 4e-4)}, OURS
+    ),
+    "map": Experiment({name: {"task": name} for name in MAP}, OURS),
 }
 
 
@@ -138,6 +253,7 @@ def run(job: tuple) -> tuple:
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(contextlib.redirect_stderr(log))
         stack.enter_context(mock.patch.object(dopd, "report"))  # we draw our own figures
+        stack.enter_context(mock.patch.object(dopd, "distill_step", watched(dopd.distill_step)))
         commit = ["git", "rev-parse", "--short", "HEAD"]
         found = {"commit": subprocess.check_output(commit, text=True, cwd=ROOT).strip()}
         config, saved = start(name, setting, seed, resumed)
@@ -149,6 +265,31 @@ def run(job: tuple) -> tuple:
     return job
 
 
+def watched(distill_step):
+    """A training step that renews the anchor of RENEWED, and measures every tenth time how far the
+    anchor has moved: its KL from the first copy, with the hint, on four completions."""
+    first = {}
+
+    def step(recipe, policies, optimizer, rows, config) -> dict:
+        anchor = policies["privileged_student"]
+        done = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+        if done == 0:
+            first["policy"] = Policy(copy.deepcopy(anchor.model), "hinted")
+        if recipe.anchor_decay > 1 and done % recipe.anchor_decay == 0:
+            anchor.model.load_state_dict(policies["student"].model.state_dict())
+        metrics = distill_step(recipe, policies, optimizer, rows, config)
+        if done % 10 == 9 and "policy" in first:  # it is gone after an interruption
+            completions = [example["ids"] for example in metrics["rollouts"]]
+            with torch.no_grad():
+                pair = [
+                    dopd.score(each, rows[:4], completions)[:] for each in (anchor, first["policy"])
+                ]
+            metrics["anchor moved"] = dopd.reverse_kl(*pair).mean().item()
+        return metrics
+
+    return step
+
+
 def start(name: str, setting: str, seed: int, resumed: bool) -> tuple:
     """The flags of a run, and its checkpoint."""
     experiment, out = EXPERIMENTS[name], str(folder_of(name, setting, seed))
@@ -157,7 +298,8 @@ def start(name: str, setting: str, seed: int, resumed: bool) -> tuple:
     flags = dict(experiment.settings[setting])
     for role in ("teacher", "student"):
         flags[role] = flags.get(role, "").format(seed=seed)
-    trained = [method for method in experiment.methods if method != "sft"]
+    methods = flags.pop("methods", experiment.methods)
+    trained = [method for method in methods if method != "sft"]
     return dopd.Config(recipe=trained, seed=seed, out=out, **flags), {}
 
 

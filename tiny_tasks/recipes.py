@@ -20,7 +20,7 @@ HINTED_TEACHER = RECIPES["privileged_opd"].terms[0]
 BOTH_HINTED = RECIPES["dopd"].router_reads  # privileged teacher, privileged student
 
 # Self distillation: the student learns from itself with the hint.
-RECIPES["opsd"] = dopd.everywhere("privileged_student")
+RECIPES["opsd"] = Recipe([TEACHER._replace(source="privileged_student")])
 
 # Anchors between live and frozen: a moving average of the student.
 RECIPES["dopd_98"] = dopd.dopd(anchor_decay=0.98)

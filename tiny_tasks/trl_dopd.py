@@ -44,7 +44,7 @@ from accelerate.utils import (
 from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dopd  # noqa: E402
@@ -117,11 +117,10 @@ class DOPDTrainer(trl.DistillationTrainer):
             return self.inside(who, read)
 
     def check(self) -> None:
-        """As in dopd.prepare, once the models are sharded."""
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self.model, kwargs):  # it needs the cache
-            for who in ("teacher", "student"):
-                self.inside(who, dopd.check_scores, self.rows)
+        """As in dopd.prepare, but with the models as they will be used."""
+        for wrapped in (self.teacher_model, self.model_wrapped):
+            with unwrap_model_for_generation(wrapped, self.accelerator) as model:
+                dopd.check_scores(bare(model), self.rows)
         self.checked = True
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
