@@ -5,7 +5,7 @@ a hint that the student will not see later. For each token DOPD asks: if the stu
 hint too, would it agree with the teacher? If yes, a light correction is enough. If no, the one that
 is surer of the token teaches it.
 
-    python dopd.py && python tiny_tasks/figures.py  # the CPU experiment, and its figures
+    python dopd.py && python tiny_tasks/report.py  # the CPU experiment: minutes
     python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda
 
 Shapes: B completions have N tokens, joined end to end; V words are in the vocabulary; H is the
@@ -37,9 +37,6 @@ import regex
 import tokenizers
 import torch
 import transformers
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -59,7 +56,7 @@ class Config:
 
     task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
     recipe: list[str] = flag(None, "methods to compare; by default the four below", choices=RECIPES)
-    seed: int = flag(0, "of the warm start, the rollouts and the order of the data")
+    seed: int = flag(0, "of warm start, rollouts and order of the data")
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
     batch_size: int = flag(32, "prompts per optimizer step; paper: 128")
     rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
@@ -69,7 +66,7 @@ class Config:
     teacher: str = flag("", "Hugging Face model, name or folder; empty: a tiny one")
     student: str = flag("", "the same for the student; both share one tokenizer")
     data: str = flag("", "JSON, JSONL, CSV, Parquet or Hub name, with prompt, answer and hint")
-    hint_template: str = flag("{prompt}\n\nHint: {hint}", "what privileged policies read of --data")
+    hint_template: str = flag("{prompt}\n\nHint: {hint}", "what privileged policies read")
     answer_regex: str = flag("(?s).+", "its last match (or group) in a completion is the answer")
     max_new_tokens: int = flag(512, "of the longest completion for --data")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
@@ -106,8 +103,8 @@ class Author(NamedTuple):
 class Rules(NamedTuple):
     """`7fbk=` -> `967314`: start at 7; the names f, b and k each add a digit, modulo 10. Write the
     digit and the new value: 7+9=16, so 96; 6+7=13, so 73; 3+1=4, so 14. Ten stable names always
-    mean the same digit. Three wild names mean another one in every problem: without the hint `971`
-    it can only be guessed. A solution that skips the steps is `=4`, the last value."""
+    mean the same digit; three wild names another one in every problem, which only the hint `971`
+    tells. A solution that skips the steps is `=4`, the last value."""
 
     teacher: Author
     student: Author
@@ -159,9 +156,8 @@ class Rules(NamedTuple):
 STRONG = Author(layers=3, hinted=0.5, knows=7)
 WEAK = Author(layers=2, hinted=0.3, knows=4, slips=0.6)
 TASKS["rules"] = Rules(STRONG, WEAK)  # nobody skips
-TASKS["shortcut"] = Rules(
-    STRONG._replace(skips_hinted=0.7), WEAK._replace(skips_hinted=0.05, skips=0.05)
-)
+CARELESS = WEAK._replace(skips_hinted=0.05, skips=0.05)
+TASKS["shortcut"] = Rules(STRONG._replace(skips_hinted=0.7), CARELESS)
 
 
 class OwnData:
@@ -190,7 +186,7 @@ class Policy(NamedTuple):
     reads: str  # which token ids of a row: "plain", or "hinted" if it is privileged
 
     def look(self, rows: list[dict], ids: Tensor) -> dict:
-        """What a model gets beside ids (B, L), if it sees pictures: tiny_tasks/vision.py."""
+        """What the model gets beside ids (B, L): pictures, see tiny_tasks/vision.py."""
         return self.model.see(rows, self.reads, ids) if hasattr(self.model, "see") else {}
 
 
@@ -204,8 +200,8 @@ POLICIES = {
 
 
 class LogProbs:
-    """Log-probs of N tokens, computed when asked for: [index] -> (n, V). It keeps hidden states
-    (N, H), since (N, V) would be 70 times larger for Qwen3."""
+    """Log-probs of N tokens, computed when asked for: [index] -> (n, V). It keeps (N, H): (N, V)
+    would be 70 times larger for Qwen3."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         self.hidden, self.weight, self.bias = hidden, weight, bias
@@ -240,11 +236,10 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=1
 def sample(policy: Policy, rows: list[dict], **options):
     """What `generate` returns for a batch, and where in it the completions begin. Only here is
     padding on the left, and masked."""
-    prompts = [torch.tensor(row[policy.reads]) for row in rows]
-    ids = pad_sequence(prompts, True, padding_value=-1, padding_side="left").to(policy.model.device)
-    real, ids = ids >= 0, ids.clamp(min=0)  # (B, L)
-    options |= {"attention_mask": real.long(), **policy.look(rows, ids)}
-    return policy.model.generate(ids, **options), ids.shape[1]
+    texts, device = [torch.tensor(row[policy.reads]) for row in rows], policy.model.device
+    ids = pad_sequence(texts, True, padding_value=-1, padding_side="left").to(device)  # (B, L)
+    options["attention_mask"], ids = (ids >= 0).long(), ids.clamp(min=0)
+    return policy.model.generate(ids, **options, **policy.look(rows, ids)), ids.shape[1]
 
 
 @torch.no_grad()
@@ -419,7 +414,7 @@ def dopd_loss(student, privileged_teacher, privileged_student, tokens, mask, top
     logps = {"privileged_teacher": privileged_teacher[mask], "student": student[mask]}  # (N, V)
     logps["privileged_student"] = privileged_student[mask]
     for name, logp in logps.items():
-        if not torch.allclose(logp.detach().float().logsumexp(-1), torch.zeros(()), atol=0.05):
+        if logp.detach().float().logsumexp(-1).abs().max() > 0.05:
             raise ValueError(f"{name}: no log-probs; take log_softmax of the logits first")
     recipe, lengths = dopd(**betas), mask.sum(1)
     scores = {name: token_scores(logps[name], tokens[mask]) for name in recipe.router_reads}
@@ -462,21 +457,18 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     optimizer.zero_grad()
     names = {int(term.regime): term.regime.name for term in recipe.terms}
     shares = {name: (regimes == regime).float().mean().item() for regime, name in names.items()}
-    shown = range(0, len(rows), config.rollouts)[:4]
-    rollouts = [example(i, names, rows, completions, regimes, scores) for i in shown]
-    return metrics | {"tokens": len(tokens), "regime_share": shares, "rollouts": rollouts}
+    metrics |= {"tokens": len(tokens), "regime_share": shares, "rollouts": []}
+    for i in range(0, len(rows), config.rollouts)[:4]:
+        metrics["rollouts"].append(example(i, names, rows, completions, regimes, scores))
+    return metrics
 
 
 def clip_gradient(model) -> float:
-    """The norm of the gradient, before it is clipped to 1. Refuses one that is not finite."""
-    try:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-    except RuntimeError as error:
-        for name, weight in model.named_parameters():
-            if weight.grad is not None and not weight.grad.isfinite().all():
-                first = name  # the backward pass meets the last parameters first
-        raise UserError(f"not finite: the gradient, from {first} on; lower --lr?") from error
-    return norm.item()
+    """The norm of the gradient, before it is clipped to 1."""
+    for name, weight in reversed([*model.named_parameters()]):  # as the backward pass meets them
+        if weight.grad is not None and not weight.grad.isfinite().all():
+            raise UserError(f"the gradient is not finite, from {name} on; try a lower --lr")
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
 
 
 def example(i: int, names: dict, rows: list, completions: list, regimes, scores: dict) -> dict:
@@ -578,8 +570,7 @@ def encode(rows: list[dict], tokenizer, models: tuple, template: str) -> None:
             shown, ids = render(text, tokenizer)
             same, row[reads] = known.setdefault(tuple(ids), text), ids
             lost = row["prompt"].strip() not in shown or hint.strip() not in shown
-            fits = 0 < len(ids) <= room and max(ids) < model.vocabulary
-            if lost or same != text or not fits:
+            if lost or same != text or not 0 < len(ids) <= room or max(ids) >= model.vocabulary:
                 why = f"lacks its hint, or {len(ids)} tokens are over {room}, unknown, or also of"
                 raise UserError(f"{reads} prompt {shown[-60:]!r}: {why} {same[-60:]!r}")
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
@@ -588,9 +579,9 @@ def encode(rows: list[dict], tokenizer, models: tuple, template: str) -> None:
 def render(text: str, tokenizer) -> tuple[str, list[int]]:
     """A prompt as the policies read it, and its ids, without an end that its tokenizer adds."""
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": text}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         with blame("the student's chat template"):
+            turns = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turns, **options)
     written = tokenizer(text, add_special_tokens=False).input_ids
     ids = written if tokenizer.chat_template else tokenizer(text).input_ids
@@ -603,6 +594,8 @@ def load_model(role: str, name: str, dtype: str, device: str, auto) -> tuple:
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"no weights for {min(loading['missing_keys'])}")
+        if role == "student" and not any(weight.requires_grad for weight in model.parameters()):
+            raise ValueError("nothing in it can learn; merge the adapter first")
         return tokenizer, model.to(device).eval()
 
 
@@ -612,8 +605,6 @@ def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) ->
     other, teacher = load_model("teacher", names[0], config.dtype, config.device, auto)
     tokenizer, student = load_model("student", names[1], "float32", config.device, auto)
     set_sampling((other, tokenizer), (teacher, student), max_new_tokens)
-    if not any(weight.requires_grad for weight in student.parameters()):
-        raise UserError(f"--student {names[1]}: nothing in it can learn; merge the adapter first")
     return tokenizer, teacher.requires_grad_(False), student
 
 
@@ -626,18 +617,16 @@ def set_sampling(two_tokenizers: tuple, models: tuple, max_new_tokens: int) -> N
     ends = {tokenizer.eos_token_id for tokenizer in two_tokenizers}
     for model in models:
         ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
-    ends = sorted(ends - {None})
-    if not ends:
+    if ends == {None}:
         raise UserError("--teacher, --student: neither has an end token")
     heights = [model.get_input_embeddings().num_embeddings for model in models]
+    own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    own |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
     for model, height in zip(models, heights, strict=True):
         # A table may have rows beyond the words: they are neither scored nor sampled.
         model.vocabulary = min(max(words.values()) + 1, *heights)
-        no_words = [*range(model.vocabulary, height)] or None
-        own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        own |= {"eos_token_id": ends, "pad_token_id": ends[0], "suppress_tokens": no_words}
-        own["max_new_tokens"] = max_new_tokens
-        model.generation_config = transformers.GenerationConfig(**own)
+        own["suppress_tokens"] = [*range(model.vocabulary, height)] or None
+        model.generation_config = transformers.GenerationConfig(pad_token_id=0, **own)
 
 
 @torch.no_grad()
@@ -657,7 +646,8 @@ def check_scores(model, rows: list[dict]) -> None:
         for size in (1, 2):  # alone and together
             change = (score(policy, pair, completions, size)[:] - expected).abs()
             error = (expected.exp() * change).sum(-1).max().item()
-            if not error < (0.1 if model.dtype == torch.bfloat16 else 1e-3):
+            half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
+            if not error < (0.1 if half else 1e-3):
                 name = f"{model.name_or_path}: not supported"
                 raise UserError(f"{name}: padding or dropout moves its scores by {error:.2g} nats")
 
@@ -674,9 +664,10 @@ def check(config: Config) -> None:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if bool(config.teacher) != bool(config.student) or config.data and not config.teacher:
         raise UserError("--teacher, --student: give both, or none; --data needs both")
+    tokens = torch.arange(9) % 5
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
-        recipe, tokens = RECIPES[name], torch.arange(9) % 5
+        recipe = RECIPES[name]
         with blame(f"--recipe {name}: is a name of its table wrong, or missing in router_reads?"):
             scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
             _, weights = assign(recipe, scores, torch.tensor([4, 5]))
@@ -690,11 +681,11 @@ def split(rows: list[dict]) -> dict[str, list[dict]]:
     splits = {"train": [], "validation": [], "test": []}
     for row in rows:
         draw = random.Random(row.get("split_by", row["prompt"])).random()
-        name = "train" if draw < 0.7 else "validation" if draw < 0.85 else "test"
-        splits[name].append(row)
-    print("rows:", {name: len(part) for name, part in splits.items()})
-    if not all(splits.values()):
-        raise UserError(f"{len(rows)} rows are too few to be split into 70, 15 and 15%")
+        splits["train" if draw < 0.7 else "validation" if draw < 0.85 else "test"].append(row)
+    sizes = {name: len(part) for name, part in splits.items()}
+    if not all(sizes.values()):
+        raise UserError(f"too few rows to be split into 70, 15 and 15%: {sizes}")
+    print("rows:", sizes)
     return splits
 
 
@@ -710,10 +701,9 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
         rng = random.Random(0)
         rows = [task.problem(rng) for _ in range(12_000)]
     splits = split(rows)
-    if not config.teacher:
-        held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-        warm_start(task, "teacher", held_out, config)
-        warm_start(task, "student", held_out, config)
+    held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
+    for role in () if config.teacher else ("teacher", "student"):
+        warm_start(task, role, held_out, config)
     tokenizer, teacher, student = loading(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, (teacher, student), task.hint_template)
     check_scores(teacher, rows)
@@ -724,11 +714,12 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
 def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config):
     """Trains a copy of the student with one recipe. `saved`: the last checkpoint, if any."""
     recipe, student = RECIPES[name], copy.deepcopy(ready.student)
-    anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
-    models = {"student": student, "anchor": anchor, "teacher": ready.teacher}
+    models = {"student": student, "anchor": student, "teacher": ready.teacher}
+    if recipe.anchor_decay:
+        models["anchor"] = copy.deepcopy(student).requires_grad_(False)
     policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
-    parts, begin = {"student": student, "anchor": anchor, "optimizer": optimizer}, 0
+    parts, begin = {"optimizer": optimizer, "student": student, "anchor": models["anchor"]}, 0
     if saved.get("recipe") == name:
         begin = saved["step"]
         for key, part in parts.items():
@@ -745,7 +736,8 @@ def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config)
         metrics = distill_step(recipe, policies, optimizer, rows, config)
         log.append({"recipe": name, "step": step + 1} | metrics)
         if 0 < recipe.anchor_decay < 1:
-            for average, weight in zip(anchor.parameters(), student.parameters(), strict=True):
+            averages = models["anchor"].parameters()
+            for average, weight in zip(averages, student.parameters(), strict=True):
                 average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             validation = ready.splits["validation"][:256]
@@ -755,7 +747,7 @@ def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config)
             with blame(f"--out {config.out}"):
                 torch.save(state, f"{config.out}/saving.pt")  # never half a checkpoint
                 Path(config.out, "saving.pt").replace(f"{config.out}/checkpoint.pt")
-            write_log(log, config)
+                write_log(log, config)
     return student
 
 
@@ -790,6 +782,7 @@ def run(config: Config, saved: dict, own_data=OwnData) -> None:
         for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
             grades = evaluate(Policy(model, reads), rows, ready, config)
             log.append({"tested": label, "test": grades})
+            print(f"{label:32}", {grade: round(value, 2) for grade, value in grades.items()})
 
     # bfloat16 is for the matrix products only. No cache: it would serve the weights of before.
     half = config.dtype == "bfloat16"
@@ -804,40 +797,6 @@ def run(config: Config, saved: dict, own_data=OwnData) -> None:
                 student.save_pretrained(f"{config.out}/{name}")
                 ready.tokenizer.save_pretrained(f"{config.out}/{name}")
     write_log(log, config)
-    report(log, ready, config)
-
-
-# --- the report
-COLUMNS = """
-- exact match: share of right completions that ended by themselves, sampled without the hint
-- with the hint: the same, if it may read the hint
-- skips: share of completions that leave out the steps
-- entropy: of the prediction of the next token, in nats
-
-Does a student end above `opd`, whose teacher reads no hint? Does it skip like the teacher with the
-hint? Then it has copied a habit that only the hint explains.
-"""
-
-
-def report(log: list[dict], ready: Ready, config: Config) -> None:
-    """Prints the results, and writes them into report.md."""
-    tests = {row["tested"]: row["test"] for row in log if "tested" in row}
-    trained = [name for name in tests if name in config.recipe]
-    before = ["student before", "teacher", "teacher, with the hint"]
-    with open(f"{config.out}/report.md", "w", encoding="utf-8") as file:
-        consoles = [Console(), Console(file=file, width=100)]
-        given = f"{config.data or config.task}, seed {config.seed}, {config.steps} steps"
-        print(f"`{' '.join(sys.argv)}`: {given}; all flags: config.json\n", file=file)
-        for first, names in (("tested", before), ("student trained with", trained)):
-            heads = ("exact match", "with the hint", "skips", "entropy")
-            table = Table(first, *heads, box=box.MARKDOWN)
-            for name in names:
-                hinted = tests.get(f"{name}, with the hint", {}).get("exact match", math.nan)
-                cells = {"skips": math.nan, **tests[name], "with the hint": hinted}
-                table.add_row(name, *[f"{cells[head]:.2f}" for head in heads])
-            for console in consoles:
-                console.print(table)
-        print(COLUMNS, file=file)
 
 
 # --- the command line
@@ -873,7 +832,7 @@ def main(argv: list[str], own_data=OwnData) -> None:
     except UserError as error:
         print(f"dopd.py: {' '.join(str(error).split())[:400]}", file=sys.stderr)
         sys.exit(2)
-    print(f"all of it is in {config.out}/")
+    print(f"all of it is in {config.out}; python tiny_tasks/report.py {config.out} draws it")
 
 
 if __name__ == "__main__":
