@@ -65,7 +65,7 @@ def load(config, max_new_tokens: int, look) -> tuple:
 
 
 # --- the tiny task
-# A picture of 8 x 8 random dots for every name and digit.
+# A picture of 8 x 8 random dots for every name and digit
 DOTS = torch.rand(23, 8, 8, generator=torch.Generator().manual_seed(0)).round()
 TILES = dict(zip("abcdefghijklm0123456789", DOTS, strict=True))
 
@@ -82,8 +82,9 @@ class Vision(dopd.Rules):
         tokenizer.backend_tokenizer.model.unk_token = "#"  # what a name becomes
         eyes = {"hidden_size": 64, "intermediate_size": 128, "num_channels": 1, "patch_size": 8}
         eyes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+        parts = {"vision_config": eyes, "text_config": text.config, "vision_feature_layer": -1}
         config = transformers.LlavaConfig(
-            eyes, text.config, len(tokenizer) - 1, tie_word_embeddings=True, vision_feature_layer=-1
+            **parts, image_token_id=len(tokenizer) - 1, tie_word_embeddings=True
         )
         model = transformers.LlavaForConditionalGeneration(config)
         model.see = seeing(self.look, config.image_token_id)
@@ -111,11 +112,8 @@ class VisionBox(Vision):
     has_box = True
 
 
-authors = (dopd.STRONG, dopd.WEAK)
-dopd.TASKS["vision"] = Vision(*authors)
-dopd.TASKS["vision_box"] = VisionBox(*authors, "{prompt}")
-blind = [author._replace(hinted=0.0) for author in authors]
-dopd.TASKS["vision_none"] = Vision(*blind, "{prompt}")
+dopd.TASKS["vision"] = Vision(dopd.STRONG, dopd.WEAK)
+dopd.TASKS["vision_box"] = VisionBox(dopd.STRONG, dopd.WEAK, "{prompt}")
 
 
 # --- rows of --data, for real models
@@ -167,11 +165,11 @@ class Pictures(dopd.OwnData):
             image = open_picture(row["hinted_image" if hinted else "image"])
             return self.processor(text=[text], images=[[image]], **options)
 
-    def encode(self, rows: list[dict], tokenizer, models: tuple, template: str) -> None:
-        def see(row: dict, reads: str, text: str) -> list[int]:
-            return self.look(row, reads == "hinted", text)["input_ids"][0].tolist()
+    def ids(self, row: dict, reads: str, text: str) -> list[int]:
+        return self.look(row, reads == "hinted", text)["input_ids"][0].tolist()
 
-        dopd.encode(rows, tokenizer, models, template, see)
+    def encode(self, rows: list[dict], *more) -> None:
+        dopd.encode(rows, *more, self.ids)
 
 
 if __name__ == "__main__":
