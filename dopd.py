@@ -52,8 +52,6 @@ def flag(default, text: str, **more):
 
 @dataclass
 class Config:
-    """All flags. The defaults are the CPU experiment."""
-
     task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
     recipe: list[str] = flag(None, "methods to compare; by default the four below", choices=RECIPES)
     seed: int = flag(0, "of warm start, rollouts and order of the data")
@@ -160,9 +158,7 @@ CARELESS = WEAK._replace(skips_hinted=0.05, skips=0.05)
 TASKS["shortcut"] = Rules(STRONG._replace(skips_hinted=0.7), CARELESS)
 
 
-class OwnData:
-    """Rows of --data, for real models."""
-
+class OwnData:  # rows of --data, for real models
     def __init__(self, config: Config):
         self.hint_template, self.max_new_tokens = config.hint_template, config.max_new_tokens
         with blame(f"--answer_regex {config.answer_regex}"):
@@ -325,9 +321,7 @@ def route(scores: dict[str, Scores], kept: float = 0.95) -> Tensor:
 
 # --- recipes: a method is a table
 class Term(NamedTuple):
-    """How the tokens of one regime are supervised. Several terms of one regime add up."""
-
-    regime: IntEnum
+    regime: IntEnum  # whose tokens; several terms of one regime add up
     source: str  # whom to follow: a name of POLICIES
     objective: str  # a name of DIVERGENCES
     support: str  # a name of SUPPORTS
@@ -335,9 +329,7 @@ class Term(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A method. A token whose regime has no term is not trained on."""
-
-    terms: list[Term]
+    terms: list[Term]  # a token whose regime has none is not trained on
     router: Callable | None = None  # {policy: Scores} -> regimes (N,)
     router_reads: tuple = ()  # the policies whose scores the router and the weights get
     anchor_decay: float = 0.0  # of the privileged student: 0 live, 1 frozen, between: an average
@@ -471,7 +463,7 @@ def clip_gradient(model) -> float:
     return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
 
 
-def example(i: int, names: dict, rows: list, completions: list, regimes, scores: dict) -> dict:
+def example(i, names, rows, completions, regimes, scores) -> dict:
     """For the figures: a completion, the regimes of its tokens, and their probabilities."""
     start = sum(len(ids) for ids in completions[:i])
     own, shown = slice(start, start + len(completions[i])), {"ids": completions[i]}
@@ -496,7 +488,7 @@ def tiny_policy(characters: str, layers: int) -> tuple:
     return tokenizer, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
 
 
-def warm_start(task, role: str, held_out: set[str], config: Config, steps: int = 200) -> None:
+def warm_start(task, role, held_out, config, steps=200):
     """Teaches a tiny model what its author writes, and saves it."""
     torch.manual_seed(config.seed)
     rng, author = random.Random(config.seed), getattr(task, role)
@@ -578,7 +570,7 @@ def encode(rows: list[dict], tokenizer, models: tuple, template: str, see=None) 
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
-def render(text: str, tokenizer) -> tuple[str, list[int]]:
+def render(text, tokenizer) -> tuple[str, list[int]]:
     """A prompt as the policies read it, and its ids, without an end that its tokenizer adds."""
     if tokenizer.chat_template:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
@@ -590,7 +582,7 @@ def render(text: str, tokenizer) -> tuple[str, list[int]]:
     return text, ids[:-1] if ids[-len(written) - 1 : -1] == written else ids
 
 
-def load_model(role: str, name: str, dtype: str, device: str, auto) -> tuple:
+def load_model(role, name, dtype, device, auto) -> tuple:
     with blame(f"--{role} {name}, --device {device}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
@@ -601,7 +593,7 @@ def load_model(role: str, name: str, dtype: str, device: str, auto) -> tuple:
         return tokenizer, model.to(device).eval()
 
 
-def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) -> tuple:
+def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tuple:
     """Tokenizer, teacher and student. The weights of the student are always float32."""
     names = [config.teacher or f"{config.out}/teacher", config.student or f"{config.out}/student"]
     other, teacher = load_model("teacher", names[0], config.dtype, config.device, auto)
@@ -610,7 +602,7 @@ def load(config, max_new_tokens: int, auto=transformers.AutoModelForCausalLM) ->
     return tokenizer, teacher.requires_grad_(False), student
 
 
-def set_sampling(two_tokenizers: tuple, models: tuple, max_new_tokens: int) -> None:
+def set_sampling(two_tokenizers, models, max_new_tokens):
     """One vocabulary for both models; they sample from their own distribution, nothing else."""
     words, others = [tokenizer.get_vocab() for tokenizer in two_tokenizers]
     if words != others:
@@ -632,7 +624,7 @@ def set_sampling(two_tokenizers: tuple, models: tuple, max_new_tokens: int) -> N
 
 
 @torch.no_grad()
-def check_scores(model, rows: list[dict]) -> None:
+def check_scores(model, rows):
     """Refuses a model that does not sample from the scores that `score` gives, or whose scores
     change with the batch. Tried on the shortest and the longest prompt."""
     steps = min(4, model.generation_config.max_new_tokens)
@@ -658,7 +650,7 @@ def check_scores(model, rows: list[dict]) -> None:
 Ready = namedtuple("Ready", "task splits tokenizer teacher student")
 
 
-def check(config: Config) -> None:
+def check(config):
     """Refuses flags and recipes that cannot work, before any time is spent."""
     for name, value in vars(config).items():
         least = {"steps": 0, "seed": 0, "lr": 1e-12}.get(name, 1)
@@ -691,7 +683,7 @@ def split(rows: list[dict]) -> dict[str, list[dict]]:
     return splits
 
 
-def prepare(config: Config, saved: dict, own_data) -> Ready:
+def prepare(config, saved, own_data) -> Ready:
     """Rows and policies. Without --teacher, tiny ones learn the task first."""
     task = own_data(config) if config.data else TASKS[config.task]
     loading = getattr(task, "load", load)
@@ -713,7 +705,7 @@ def prepare(config: Config, saved: dict, own_data) -> Ready:
     return Ready(task, splits, tokenizer, teacher, student)
 
 
-def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config):
+def train(name, ready, log, saved, config):
     """Trains a copy of the student with one recipe. `saved`: the last checkpoint, if any."""
     recipe, student = RECIPES[name], copy.deepcopy(ready.student)
     models = {"student": student, "anchor": student, "teacher": ready.teacher}
@@ -753,13 +745,13 @@ def train(name: str, ready: Ready, log: list[dict], saved: dict, config: Config)
     return student
 
 
-def write_log(log: list[dict], config: Config) -> None:
+def write_log(log, config):
     lines = [json.dumps(row) + "\n" for row in log]
     Path(config.out, "metrics.jsonl").write_text("".join(lines))
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, rows: list[dict], ready: Ready, config: Config) -> dict[str, float]:
+def evaluate(policy, rows, ready, config) -> dict[str, float]:
     """Mean grades of one sampled completion per row, and the mean entropy of its tokens in nats."""
     torch.manual_seed(config.seed)
     completions, grades = rollout(policy, rows, config.micro_batch), []
@@ -774,12 +766,12 @@ def evaluate(policy: Policy, rows: list[dict], ready: Ready, config: Config) -> 
     return means | {"entropy": scores.entropy.mean().item()}
 
 
-def run(config: Config, saved: dict, own_data=OwnData) -> None:
+def run(config, saved, own_data=OwnData):
     """Every recipe from the same student, then the report."""
     ready, log = prepare(config, saved, own_data), saved.get("log", [])
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
 
-    def test(name: str, model) -> None:
+    def test(name, model):
         rows = ready.splits["test"][: config.test_prompts]
         for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
             grades = evaluate(Policy(model, reads), rows, ready, config)
@@ -802,7 +794,7 @@ def run(config: Config, saved: dict, own_data=OwnData) -> None:
 
 
 # --- the command line
-def read_flags(argv: list[str]) -> tuple[Config, dict]:
+def read_flags(argv) -> tuple[Config, dict]:
     """The flags, and with --resume the checkpoint to go on from."""
     usage = "python dopd.py [--flag value ...]"
     parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
@@ -823,7 +815,7 @@ def read_flags(argv: list[str]) -> tuple[Config, dict]:
     return config, saved
 
 
-def main(argv: list[str], own_data=OwnData) -> None:
+def main(argv, own_data=OwnData):
     """`own_data`: the class that reads --data and grades its completions."""
     sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end a run
     transformers.utils.logging.disable_progress_bar()

@@ -129,31 +129,24 @@ class Experiment(NamedTuple):
     """Every setting with every seed."""
 
     settings: dict  # label: flags of dopd.py; {seed} in a path is filled in
-    methods: list[str]  # of RECIPES; "methods" in a setting goes before
+    methods: list[str]  # of RECIPES
     seeds: range = range(3)
 
 
-def same(task: str, student: str = "student", **flags) -> dict:
+def same(task: str, **flags) -> dict:
     """The flags to start from the policies of a situation with the same seed: run it first."""
     folder = f"{ROOT}/runs/situations/{task.replace(' ', '_')}-seed{{seed}}"
-    start = {"task": task, "teacher": f"{folder}/teacher", "student": f"{folder}/{student}"}
-    return start | flags
+    return {"task": task, "teacher": f"{folder}/teacher", "student": f"{folder}/student"} | flags
 
 
 four = ["shortcut", "teacher skips 95%", "mistaken", "hints ignored"]
 moves = {"shortcut": same("shortcut")}
 moves["shortcut, the paper's rate"] = same("shortcut", lr=5e-6, steps=200)
-long, renewed, rates, continual = {}, {}, {}, {}
+long, renewed = {}, {}
 for task in BOTH:
     long[task] = same(task, steps=360)
     for steps in (160, 360):
         renewed[f"{task}, {steps} steps"] = same(task, steps=steps)
-    for lr in (1e-4, 4e-4):
-        rates[f"{task} {lr}"] = same(task, lr=lr)
-    for first in BOTH:
-        for method in OURS:
-            more = {"methods": [method], "student": same(first, method)["student"]}
-            continual[f"{first}, then {task}: {method}"] = same(task) | more
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
     "agree_parts": Experiment({name: same(name) for name in four}, [*AGREE_PARTS]),
@@ -161,8 +154,6 @@ EXPERIMENTS = {
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
     "methods": Experiment({task: same(task) for task in BOTH}, PARTS),
-    "continual": Experiment(continual, []),
-    "rates": Experiment(rates, OURS),
 }
 
 
@@ -171,45 +162,40 @@ def folder_of(name: str, setting: str, seed: int) -> Path:
     return ROOT / "runs" / name / f"{setting.replace(' ', '_')}-seed{seed}"
 
 
+def config_of(name: str, setting: str, seed: int):
+    flags = {**EXPERIMENTS[name].settings[setting], "out": str(folder_of(name, setting, seed))}
+    for role in ("teacher", "student"):
+        flags[role] = flags.get(role, "").format(seed=seed)
+    return dopd.Config(recipe=EXPERIMENTS[name].methods, seed=seed, **flags)
+
+
 def run(name: str, setting: str, seed: int) -> None:
     """One run, in a process of its own. job.json, written last, has its grades."""
     torch.set_num_threads(1)
-    folder, begun = folder_of(name, setting, seed), time.time()
-    resumed = Path(folder, "checkpoint.pt").exists()
-    config, saved = start(name, setting, seed, resumed)
+    config, saved, begun = config_of(name, setting, seed), {}, time.time()
+    resumed = Path(config.out, "checkpoint.pt").exists()
+    if resumed:
+        config, saved = dopd.read_flags(["--resume", config.out])
     commit = ["git", "rev-parse", "--short", "HEAD"]
     found = {"commit": subprocess.check_output(commit, text=True, cwd=ROOT).strip()}
     dopd.distill_step = watched(dopd.distill_step)
     dopd.run(config, saved)
     found["grades"] = grade_all(config)
     found["seconds"] = None if resumed else round(time.time() - begun)
-    Path(folder, "job.json").write_text(json.dumps(found))
-    Path(folder, "checkpoint.pt").unlink()
-
-
-def start(name: str, setting: str, seed: int, resumed: bool) -> tuple:
-    """The flags of a run, and its checkpoint."""
-    experiment, out = EXPERIMENTS[name], str(folder_of(name, setting, seed))
-    if resumed:
-        return dopd.read_flags(["--resume", out])
-    flags = dict(experiment.settings[setting])
-    for role in ("teacher", "student"):
-        flags[role] = flags.get(role, "").format(seed=seed)
-    methods = flags.pop("methods", experiment.methods)
-    return dopd.Config(recipe=methods, seed=seed, out=out, **flags), {}
+    Path(config.out, "job.json").write_text(json.dumps(found))
+    Path(config.out, "checkpoint.pt").unlink()
 
 
 def supervised_step(student: Policy, optimizer, rows: list[dict]) -> dict:
     """Learns from right solutions in the student's own form, and not from its own samples."""
     solutions = [[*map(CHARACTERS.index, row["answer"]), 0] for row in rows]
-    tokens = torch.tensor(sum(solutions, []))
     logp = dopd.score(student, rows, solutions)[:]  # (N, V)
-    functional.nll_loss(logp, tokens).backward()
-    norm = dopd.clip_gradient(student.model)
+    loss = functional.nll_loss(logp, torch.tensor(sum(solutions, [])))
+    loss.backward()
+    dopd.clip_gradient(student.model)
     optimizer.step()
     optimizer.zero_grad()
-    entropy = dopd.token_scores(logp, tokens).entropy.mean().item()
-    return {"entropy": entropy, "grad_norm": norm, "rollouts": []}
+    return {"loss": loss.item(), "rollouts": []}
 
 
 def watched(distill_step):
@@ -311,7 +297,7 @@ def is_done(job: tuple) -> bool:
     return Path(folder_of(*job), "job.json").exists()
 
 
-def collect(name: str) -> pandas.DataFrame:
+def collect(name: str):
     """One line per finished run and tested policy."""
     lines = []
     for job in filter(is_done, jobs_of(name)):
@@ -322,74 +308,62 @@ def collect(name: str) -> pandas.DataFrame:
     return pandas.DataFrame(lines)
 
 
-def logs(name: str, method_and_more: list):
+def logs(name: str, methods: list):
     """Where a step was made, and its metrics: of all finished runs and these methods."""
     for job in filter(is_done, jobs_of(name)):
         for line in Path(folder_of(*job), "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if row.get("recipe") in method_and_more:
+            if row.get("recipe") in methods:
                 where = {"setting": job[1], "seed": job[2], "method": row["recipe"]}
                 yield where | {"step": row["step"]}, row
 
 
-def tokens_of(settings: list) -> pandas.DataFrame:
-    """Every token of the completions that metrics.jsonl keeps: its true kind, and where it went."""
+def tokens_of(settings: list):
+    """Every token that metrics.jsonl keeps: its true kind, and where it went."""
     lines = []
     for where, row in logs("situations", ROUTED):
         for example in row["rollouts"] if where["setting"] in settings else ():
             text = "".join(CHARACTERS[token] for token in example["ids"])
             kinds = kinds_of(example, text) + ["end"] * len(example["ids"])
             for place, regime in enumerate(example["regimes"]):
-                token = {"place": place, "kind": kinds[place], "regime": regime}
+                token = {"kind": kinds[place], "regime": regime}
                 token["teacher"] = example["privileged_teacher"][place]
                 token["student"] = example["privileged_student"][place]
                 lines.append(where | token)
     return pandas.DataFrame(lines)
 
 
-def landed() -> pandas.DataFrame:
-    """How many tokens of every kind went to which regime, and how many of these both privileged
-    policies find unlikely."""
+def landed():
+    """Tokens of every kind in every regime, and those that both privileged policies find unlikely."""
     frame = tokens_of(["shortcut", "rules", "mistaken"])
     frame["both unlikely"] = (frame.teacher < 0.1) & (frame.student < 0.1)
     by = frame.groupby(["setting", "method", "kind", "regime"])["both unlikely"]
     return by.agg(["size", "sum"]).set_axis(["tokens", "both unlikely"], axis=1).reset_index()
 
 
-def first_tokens() -> pandas.DataFrame:
-    """How likely the first token is under the two privileged policies, per 20 steps."""
-    frame = tokens_of(["shortcut"])
-    frame = frame[frame.place == 0]
-    frame["first token"] = (frame.kind == "skip").map({True: "a skip", False: "a step"})
-    frame["step"] = (frame.step - 1) // 20 * 20 + 10
-    by = frame.groupby(["method", "first token", "seed", "step"], as_index=False)
-    return by[["teacher", "student"]].mean()
-
-
-def planes() -> pandas.DataFrame:
+def planes():
     """Tokens on the plane of the two privileged policies."""
     frame = tokens_of(["mistaken"])
     frame = frame[(frame.method == "dopd_frozen") & (frame.seed == 0)].sample(2000, random_state=0)
     return frame[["kind", "regime", "teacher", "student"]]
 
 
-def over_time(name: str) -> pandas.DataFrame:
+def over_time(name: str):
     """Of every tenth step: entropy, exact match (validation), how far the anchor moved."""
     lines = []
     for where, row in logs(name, [*RECIPES]):
         if row["step"] % 10 == 0:
-            exact = row.get("validation", {}).get("exact match")
-            moved = row.get("anchor moved")
-            more = {"exact match": exact, "entropy": row["entropy"], "anchor moved": moved}
+            more = {"entropy": row["entropy"], "anchor moved": row.get("anchor moved")}
+            more["exact match"] = row.get("validation", {}).get("exact match")
             lines.append(where | more)
     return pandas.DataFrame(lines)
 
 
-def cost(rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
-    """How long a step takes: all methods in turn in one process. Needs the policies of situations,
-    and a machine that does nothing else."""
+def cost(rounds: int = 5, steps: int = 20):
+    """Time of one core for a step: all methods in turn in one process. Needs the policies of
+    situations."""
     torch.set_num_threads(1)
-    config = replace(start("long", "shortcut", 0, False)[0], steps=steps, eval_every=steps + 1)
+    config = replace(config_of("long", "shortcut", 0), steps=steps, eval_every=steps + 1)
     config.out, task, lines = f"{ROOT}/runs/cost", TASKS["shortcut"], []
     Path(config.out).mkdir(parents=True, exist_ok=True)
     tokenizer, *models = dopd.load(config, task.max_new_tokens)
@@ -397,9 +371,9 @@ def cost(rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
     dopd.encode(rows, tokenizer, models, task.hint_template)
     ready = dopd.Ready(task, {"train": rows, "validation": rows[:1]}, tokenizer, *models)
     for method in OURS * rounds:
-        begun, log = time.time(), []
+        begun, log = time.process_time(), []
         dopd.train(method, ready, log, {}, config)
-        seconds, tokens = time.time() - begun, sum(row["tokens"] for row in log)
+        seconds, tokens = time.process_time() - begun, sum(row["tokens"] for row in log)
         line = {"milliseconds of a step": 1000 * seconds / steps}
         lines.append({"method": method} | line | {"tokens per second": tokens / seconds})
     return pandas.DataFrame(lines)
@@ -408,7 +382,6 @@ def cost(rounds: int = 5, steps: int = 20) -> pandas.DataFrame:
 # name of the CSV file: the experiment whose runs it reads, and the function
 EXTRAS = {
     "landed": ("situations", landed),
-    "first_tokens": ("situations", first_tokens),
     "planes": ("situations", planes),
     "curves": ("long", lambda: over_time("long")),
     "anchor_moved": ("moved", lambda: over_time("moved")),
@@ -479,29 +452,27 @@ def claims(frames: dict):
 
 
 def where_they_land(frame):
-    """Percentages of the tokens of a kind: in DOPD's regimes; what both policies find unlikely;
-    and how much of that has a high gap."""
-    lines = []
-    for (method, kind), part in frame[frame.method != "agree"].groupby(["method", "kind"]):
-        part = part.set_index("regime").reindex(["LH", "LL", "HT", "HS"], fill_value=0)
-        of_kind, unlikely = part["tokens"], part["both unlikely"]
-        shares = (100 * of_kind / of_kind.sum()).map("{:.0f}".format)
-        line = {"method": method, "kind": kind, "LH LL HT HS": " ".join(shares)}
-        line["both unlikely"] = f"{100 * unlikely.sum() / of_kind.sum():.0f}"
-        if unlikely.sum() >= 20:
-            line["of these, high gap"] = f"{100 * unlikely[2:].sum() / unlikely.sum():.0f}"
-        lines.append(line)
-    return pandas.DataFrame(lines).fillna("")
+    """Percentages of a kind of tokens."""
+    frame = frame[frame.method.isin(["dopd", "dopd_frozen"])]
+    values, index = ["tokens", "both unlikely"], ["method", "kind"]
+    counts = frame.pivot_table(values, index, "regime", "sum", fill_value=0)
+    tokens, unlikely = counts["tokens"], counts["both unlikely"]
+    of_kind, of_unlikely = tokens.sum(axis=1), unlikely.sum(axis=1)
+    shares = (100 * tokens.div(of_kind, axis=0)).map("{:.0f}".format)
+    high = 100 * unlikely[["HT", "HS"]].sum(axis=1) / of_unlikely
+    table = shares[["LH", "LL", "HT", "HS"]].agg(" ".join, axis=1).rename("LH LL HT HS").to_frame()
+    table["both unlikely"] = (100 * of_unlikely / of_kind).map("{:.0f}".format)
+    table["of these, high gap"] = high.map("{:.0f}".format).where(of_unlikely >= 20, "")
+    return table.reset_index()
 
 
 def bookkeeping(frames: dict):
     lines = []
     for name, frame in frames.items():
         if "commit" in frame:
-            line = {"file": f"{name}.csv", "methods": frame.method.nunique()}
-            line["seeds"] = frame.seed.nunique()
-            seconds = frame.groupby(["setting", "seed"]).seconds.first()
-            line["minutes of one core"] = f"{seconds.sum() / 60:.0f}"
+            line = {"file": name, "methods": frame.method.nunique(), "seeds": frame.seed.nunique()}
+            seconds = frame.groupby(["setting", "seed"]).seconds.first().sum()
+            line["minutes of one core"] = f"{seconds / 60:.0f}"
             lines.append(line | {"commits": " ".join(frame.commit.unique())})
     return pandas.DataFrame(lines)
 
@@ -536,7 +507,7 @@ def heat(axis, exact: pandas.DataFrame, opd, best) -> None:
     seaborn.heatmap(exact, ax=axis, cbar=False, **shown)
     below, is_best = (exact < opd - 0.005).to_numpy(), (exact > best - 0.005).to_numpy()
     for line, column in zip(*below.nonzero(), strict=True):
-        cell = {"fill": False, "hatch": "//", "edgecolor": "white", "lw": 1}
+        cell = {"fill": False, "hatch": "//", "edgecolor": "#ffffff70", "lw": 1}
         axis.add_patch(Rectangle((column, line), 1, 1, **cell))
     for line, column in zip(*is_best.nonzero(), strict=True):
         cell = {"fill": False, "edgecolor": "red", "lw": 3, "clip_on": False, "zorder": 3}
@@ -555,7 +526,7 @@ def draw_situations(frame):
     regret = (exact.max() - exact).max(axis=1)
     right.scatter(exact.mean(axis=1), places, 60, "black", label="mean")
     right.scatter(regret, places, 60, "orange", marker="X", label="worst regret")
-    right.set(title="over all situations", xlim=(0, 1), xlabel="exact match")
+    right.set(title="over all situations", xlim=(-0.03, 1), xlabel="exact match")
     right.grid(alpha=0.3)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     figure.savefig(RESULTS / "situations.png", dpi=80)
@@ -577,21 +548,26 @@ def draw_planes(frame):
     frame[["q_S", "q_T"]] = frame[["student", "teacher"]].clip(lower=1e-4)
     near = (frame.q_T - frame.q_S).abs() < 0.5
     frame["gap of probabilities"] = near.map({True: "below 1/2", False: "1/2 or more"})
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = {"regime": ["LH", "LL", "HT", "HS"], "gap of probabilities": None}
-    for axis, (hue, order) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        seaborn.scatterplot(frame, x="q_S", y="q_T", hue=hue, hue_order=order, s=18, ax=axis)
-        axis.set(xscale="log", yscale="log", title=f"{'DOPD' if order else 'agree'}: {hue}")
+    colours = {"LH": "#8fd18f", "LL": "#c8c8c8", "HT": "#8ab8f5", "HS": "#ffb061"}
+    two = {"below 1/2": "#ad1457", "1/2 or more": "#f2e58f"}
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    panels = {"regime": colours, "gap of probabilities": two}
+    for axis, (hue, palette) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        shown = {"palette": palette, "s": 20, "edgecolor": "grey", "linewidth": 0.3}
+        seaborn.scatterplot(frame, x="q_S", y="q_T", hue=hue, hue_order=palette, ax=axis, **shown)
+        axis.set(xscale="log", yscale="log", xlabel="q_S, privileged student")
+        axis.set(ylabel="q_T, privileged teacher", title=f"the same tokens, by the {hue}")
         axis.axvline(0.1, color="grey", linestyle=":")
         axis.axhline(0.1, color="grey", linestyle=":")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     figure.savefig(RESULTS / "planes.png", dpi=80)
 
 
-def draw_seeds(frame, values: list, name: str, **axes) -> None:
+def draw_seeds(frame, values: list, label: str, name: str, **axes) -> None:
     """A panel for every col and row; every seed is a line."""
-    frame = frame.melt(frame.columns.difference(values), values, "which").dropna(subset="value")
+    frame = frame.melt(frame.columns.difference(values), values, "which", label).dropna()
     shown = {"kind": "line", "units": "seed", "estimator": None, "alpha": 0.7}
-    grid = seaborn.relplot(frame, x="step", y="value", height=2.8, aspect=1.4, **shown, **axes)
+    grid = seaborn.relplot(frame, x="step", y=label, height=2.8, aspect=1.4, **shown, **axes)
     grid.set_titles("{col_name}: {row_name}").savefig(RESULTS / f"{name}.png", dpi=80)
 
 
@@ -618,11 +594,17 @@ def draw() -> None:
     draw_planes(frames["planes"])
     draw_map(frames["map"])
     axes = {"hue": "which", "col": "method", "row": "first token"}
-    draw_seeds(frames["first_tokens"], ["teacher", "student"], "anchor", **axes)
+    draw_seeds(frames["first_tokens"], ["teacher", "student"], "probability", "anchor", **axes)
     axes = {"hue": "method", "col": "setting", "row": "which", "facet_kws": {"sharey": "row"}}
-    draw_seeds(frames["curves"], ["exact match", "entropy"], "long", **axes)
+    draw_seeds(
+        frames["curves"].drop(columns="anchor moved", errors="ignore"),
+        ["exact match", "entropy"],
+        "share, or nats",
+        "long",
+        **axes,
+    )
     axes = {"hue": "seed", "col": "setting", "row": "which", "palette": "tab10"}
-    draw_seeds(frames["anchor_moved"], ["anchor moved"], "moved", **axes)
+    draw_seeds(frames["anchor_moved"], ["anchor moved"], "KL, nats", "moved", **axes)
 
 
 # --- 8. the command line
