@@ -19,6 +19,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -169,11 +170,20 @@ class OwnData:  # rows of --data, for real models
         found = [""]
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                found.append((match[min(1, self.pattern.groups)] or "").strip() or found[-1])
+                found.append(match[match.lastindex or 0].strip() or found[-1])
         return found[-1]
 
     def grade(self, row: dict, completion: str) -> dict[str, bool]:
-        return {"exact match": self.answer(completion) == row["answer"].strip()}
+        answer = row["answer"].strip()  # splitlines, since Windows ends lines differently
+        return {"exact match": self.answer(completion).splitlines() == answer.splitlines()}
+
+    def check(self, row: dict, tokenizer) -> None:
+        """Refuses an answer that the tokenizer cannot write, or the pattern finds only in part."""
+        answer = row["answer"].strip()
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if not answer == written == (self.answer(answer) or answer):
+            raise UserError(f"no completion can give the answer {answer!r}; {written!r} is written")
 
 
 # --- policies: score and sample
@@ -406,7 +416,7 @@ def dopd_loss(student, privileged_teacher, privileged_student, tokens, mask, top
     logps = {"privileged_teacher": privileged_teacher[mask], "student": student[mask]}  # (N, V)
     logps["privileged_student"] = privileged_student[mask]
     for name, logp in logps.items():
-        if logp.detach().float().logsumexp(-1).abs().max() > 0.05:
+        if not (logp.detach().float().logsumexp(-1).abs() < 0.05).all():
             raise ValueError(f"{name}: no log-probs; take log_softmax of the logits first")
     recipe, lengths = dopd(**betas), mask.sum(1)
     scores = {name: token_scores(logps[name], tokens[mask]) for name in recipe.router_reads}
@@ -523,9 +533,9 @@ def warm_start(task, role, held_out, config, steps=200):
 
 # --- rows and models
 READERS = {
-    ".json": lambda path: pandas.read_json(path, dtype=False, convert_dates=False),
-    ".jsonl": lambda path: pandas.read_json(path, lines=True, dtype=False, convert_dates=False),
-    ".csv": lambda path: pandas.read_csv(path, dtype=str, keep_default_na=False),
+    ".json": lambda path: pandas.read_json(path, dtype=False),
+    ".jsonl": lambda path: pandas.read_json(path, lines=True, dtype=False),
+    ".csv": lambda path: pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False),
     ".parquet": pandas.read_parquet,
 }
 
@@ -533,7 +543,8 @@ READERS = {
 def read_rows(config, pictures=()) -> list[dict]:
     """The rows of --data: three texts each, as they stand in the file, and the named pictures."""
     path = Path(config.data)
-    with blame(f"--data {path}"):
+    with blame(f"--data {path}"), warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a row with a comma too many
         if path.suffix in READERS:
             table = READERS[path.suffix](path).to_dict("records")
         else:
@@ -700,6 +711,8 @@ def prepare(config, saved, own_data) -> Ready:
         warm_start(task, role, held_out, config)
     tokenizer, teacher, student = loading(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, (teacher, student), task.hint_template)
+    for row in rows if config.data else ():
+        task.check(row, tokenizer)
     check_scores(teacher, rows)
     check_scores(student, rows)
     return Ready(task, splits, tokenizer, teacher, student)
@@ -805,6 +818,8 @@ def read_flags(argv) -> tuple[Config, dict]:
             saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
             flags = json.loads(Path(folder, "config.json").read_text())
             config = Config(**flags | {"out": folder})
+            if not {"splits", "log", "step"} <= saved.keys():
+                raise ValueError("its checkpoint is not ours")
     config.recipe = config.recipe or [*RECIPES][:4]
     check(config)
     config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")

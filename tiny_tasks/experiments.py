@@ -4,9 +4,9 @@
     python tiny_tasks/experiments.py situations    # names of EXPERIMENTS; two runs at a time
     python tiny_tasks/experiments.py --draw        # only figures and tables, from the CSV files
 
-A run is one seed of one setting: its own tiny policies, then every method. It goes into
-runs/NAME/SETTING-seedN. A finished run is not repeated; one that was interrupted goes on. To add a
-method or a situation: a line in RECIPES or TASKS, and its name in METHODS or SITUATIONS.
+A run is one seed of one setting, in runs/NAME/SETTING-seedN. A finished run is not repeated; one
+that was interrupted goes on. To add a method or a situation: a line in RECIPES or TASKS, and its
+name in METHODS or SITUATIONS.
 """
 
 import copy
@@ -96,7 +96,7 @@ BOTH = ["shortcut", "rules"]
 METHODS = ["opd", "privileged_opd", "dopd", "dopd_99", "dopd_frozen", "half", "where_unsure"]
 METHODS += ["agree", "by chance", "sft"]
 OURS = ["opd", "privileged_opd", "dopd", "dopd_frozen", "half", "where_unsure", "agree"]
-ROUTED = ["dopd", "dopd_99", "dopd_frozen", "agree"]
+ROUTED = ["dopd", "dopd_frozen", "agree"]
 PARTS = [name for name in RECIPES if name not in METHODS]
 
 # agree with one part changed; the paper's terms are those of LH, HS and HT
@@ -140,8 +140,7 @@ def same(task: str, **flags) -> dict:
 
 
 four = ["shortcut", "teacher skips 95%", "mistaken", "hints ignored"]
-moves = {"shortcut": same("shortcut")}
-moves["shortcut, the paper's rate"] = same("shortcut", lr=5e-6, steps=200)
+papers = {"shortcut, paper's rate": same("shortcut", lr=5e-6, steps=200)}
 long, renewed = {}, {}
 for task in BOTH:
     long[task] = same(task, steps=360)
@@ -150,7 +149,7 @@ for task in BOTH:
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
     "agree_parts": Experiment({name: same(name) for name in four}, [*AGREE_PARTS]),
-    "moved": Experiment(moves, ["dopd"]),
+    "papers_rate": Experiment(papers, ["dopd"]),
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
     "methods": Experiment({task: same(task) for task in BOTH}, PARTS),
@@ -170,7 +169,7 @@ def config_of(name: str, setting: str, seed: int):
 
 
 def run(name: str, setting: str, seed: int) -> None:
-    """One run, in a process of its own. job.json, written last, has its grades."""
+    """One run. job.json, written last, has its grades."""
     torch.set_num_threads(1)
     config, saved, begun = config_of(name, setting, seed), {}, time.time()
     resumed = Path(config.out, "checkpoint.pt").exists()
@@ -187,7 +186,7 @@ def run(name: str, setting: str, seed: int) -> None:
 
 
 def supervised_step(student: Policy, optimizer, rows: list[dict]) -> dict:
-    """Learns from right solutions in the student's own form, and not from its own samples."""
+    """Learns from right solutions in the student's own form."""
     solutions = [[*map(CHARACTERS.index, row["answer"]), 0] for row in rows]
     logp = dopd.score(student, rows, solutions)[:]  # (N, V)
     loss = functional.nll_loss(logp, torch.tensor(sum(solutions, [])))
@@ -225,7 +224,7 @@ def watched(distill_step):
 
 
 def grade_all(config) -> dict:
-    """The final test of every tested policy, with finer grades from the students it has saved."""
+    """The final test of every policy, with finer grades from the students that are saved."""
     saved = torch.load(f"{config.out}/checkpoint.pt", "cpu", weights_only=True)
     ready = dopd.prepare(config, saved, dopd.OwnData)
     loading = getattr(ready.task, "load", dopd.load)
@@ -246,8 +245,7 @@ def grade_all(config) -> dict:
 
 
 def kinds_of(row: dict, completion: str) -> list[str]:
-    """What every character is: a digit of a stable name, right or wrong; a sum, right or wrong for
-    the digit that is written; a digit of a wild name; or part of a solution without steps."""
+    """What every character is. A sum is right or wrong for the digit that is written."""
     kinds, value, names = [], row["prompt"][0], row["prompt"][1:-1]
     if completion.startswith("="):
         return ["skip"] + ["after a skip"] * (len(completion) - 1)
@@ -267,8 +265,7 @@ def kinds_of(row: dict, completion: str) -> list[str]:
 
 @torch.no_grad()
 def finer_grades(model, ready, config) -> dict:
-    """Shares of right digits and sums where the steps are written, and the entropy on wild digits:
-    1.28 nats would be right, less is overconfident."""
+    """Shares of right digits and sums where the steps are written; the entropy on wild digits."""
     torch.manual_seed(config.seed)
     policy, rows, kinds = Policy(model, "plain"), ready.splits["test"][:400], []
     completions = dopd.rollout(policy, rows)
@@ -324,17 +321,18 @@ def tokens_of(settings: list):
     for where, row in logs("situations", ROUTED):
         for example in row["rollouts"] if where["setting"] in settings else ():
             text = "".join(CHARACTERS[token] for token in example["ids"])
-            kinds = kinds_of(example, text) + ["end"] * len(example["ids"])
+            early = len(text) < len(example["answer"]) and not text.startswith("=")
+            kinds = [*kinds_of(example, text), "ends early" if early else "end"]
             for place, regime in enumerate(example["regimes"]):
                 token = {"kind": kinds[place], "regime": regime}
-                token["teacher"] = example["privileged_teacher"][place]
-                token["student"] = example["privileged_student"][place]
+                for name in recipes.BOTH_HINTED:
+                    token[name.removeprefix("privileged_")] = example[name][place]
                 lines.append(where | token)
     return pandas.DataFrame(lines)
 
 
 def landed():
-    """Tokens of every kind in every regime, and those that both privileged policies find unlikely."""
+    """Tokens per kind and regime, and how many of them both privileged policies find unlikely."""
     frame = tokens_of(["shortcut", "rules", "mistaken"])
     frame["both unlikely"] = (frame.teacher < 0.1) & (frame.student < 0.1)
     by = frame.groupby(["setting", "method", "kind", "regime"])["both unlikely"]
@@ -344,24 +342,23 @@ def landed():
 def planes():
     """Tokens on the plane of the two privileged policies."""
     frame = tokens_of(["mistaken"])
-    frame = frame[(frame.method == "dopd_frozen") & (frame.seed == 0)].sample(2000, random_state=0)
-    return frame[["kind", "regime", "teacher", "student"]]
+    frame = frame[(frame.method == "dopd_frozen") & (frame.seed == 0)]
+    return frame.sample(2000, random_state=0)[["regime", "teacher", "student"]]
 
 
-def over_time(name: str):
-    """Of every tenth step: entropy, exact match (validation), how far the anchor moved."""
+def over_time(name: str, methods: list):
+    """Of every tenth step."""
     lines = []
-    for where, row in logs(name, [*RECIPES]):
+    for where, row in logs(name, methods):
         if row["step"] % 10 == 0:
-            more = {"entropy": row["entropy"], "anchor moved": row.get("anchor moved")}
-            more["exact match"] = row.get("validation", {}).get("exact match")
-            lines.append(where | more)
+            exact = row.get("validation", {}).get("exact match")
+            more = {name: row.get(name) for name in ("entropy", "anchor moved")}
+            lines.append(where | more | {"exact match": exact})
     return pandas.DataFrame(lines)
 
 
 def cost(rounds: int = 5, steps: int = 20):
-    """Time of one core for a step: all methods in turn in one process. Needs the policies of
-    situations."""
+    """Time of one core for a step, of all methods in turn. Needs the policies of situations."""
     torch.set_num_threads(1)
     config = replace(config_of("long", "shortcut", 0), steps=steps, eval_every=steps + 1)
     config.out, task, lines = f"{ROOT}/runs/cost", TASKS["shortcut"], []
@@ -379,12 +376,13 @@ def cost(rounds: int = 5, steps: int = 20):
     return pandas.DataFrame(lines)
 
 
-# name of the CSV file: the experiment whose runs it reads, and the function
+# CSV file: experiment, function
 EXTRAS = {
     "landed": ("situations", landed),
     "planes": ("situations", planes),
-    "curves": ("long", lambda: over_time("long")),
-    "anchor_moved": ("moved", lambda: over_time("moved")),
+    "curves": ("long", lambda: over_time("long", [*RECIPES])),
+    "moved": ("situations", lambda: over_time("situations", ["dopd"])),
+    "moved_at_papers_rate": ("papers_rate", lambda: over_time("papers_rate", ["dopd"])),
     "cost": ("cost", cost),
 }
 
@@ -396,21 +394,18 @@ def spread(values: pandas.Series) -> str:
     return f"{values.mean():.2f} ± {values.std():.2f}"
 
 
-def trained(frame):
-    return frame[~frame.method.isin(["student before", "teacher"])]
-
-
 def grid(frame):
     """Exact match: a line per method, a column per setting."""
-    frame = trained(frame).assign(setting=frame.setting.str.split(":").str[0])
-    by = {"index": "method", "columns": "setting", "values": "exact match"}
-    return frame.pivot_table(**by, aggfunc=spread, sort=False).fillna("").reset_index()
+    frame["setting"] = frame.setting.str.split(":").str[0]
+    table = frame.pivot_table("exact match", "method", "setting", spread, sort=False).fillna("")
+    return table.drop(index=["student before", "teacher"]).reset_index()
 
 
 def complete(frame):
     """The students of those seeds that have all settings."""
     count = frame.groupby("seed").setting.nunique()
-    return trained(frame[frame.seed.isin(count[count == count.max()].index)])
+    seeds = count[count == count.max()].index
+    return frame[frame.seed.isin(seeds) & frame.method.isin(METHODS)]
 
 
 def exact_of(frame):
@@ -431,30 +426,30 @@ def summary(frame):
 
 
 def claims(frames: dict):
-    """Holds: higher in every seed. In part: the mean is higher. From the first file with both."""
+    """Holds: higher in every seed. In part: the mean is higher. From the file with more seeds."""
     table = frames["claims"]
     for i, claim in table.iterrows():
         for task in BOTH:
-            for name in ("methods", "situations"):
+            best = []
+            for name in ("situations", "methods"):
                 exact = frames[name][frames[name].setting == task]
                 exact = exact.pivot(index="seed", columns="method", values="exact match")
                 pair = exact.reindex(columns=[claim.higher, claim.lower]).dropna()
-                if len(pair):
-                    high, low = pair[claim.higher], pair[claim.lower]
+                best = max(pair, best, key=len)
+            high, low = best[claim.higher], best[claim.lower]
             verdict = "in part" if high.mean() > low.mean() else "no"
             if (high > low).all():
                 verdict = "holds"
             table.loc[i, f"`{task}`"] = (
                 f"**{verdict}**: `{claim.higher}` {high.mean():.2f}, `{claim.lower}` "
-                f"{low.mean():.2f}; {(high > low).sum()} of {len(pair)}"
+                f"{low.mean():.2f}; {(high > low).sum()} of {len(best)}"
             )
     return table.drop(columns=["higher", "lower"])
 
 
 def where_they_land(frame):
     """Percentages of a kind of tokens."""
-    frame = frame[frame.method.isin(["dopd", "dopd_frozen"])]
-    values, index = ["tokens", "both unlikely"], ["method", "kind"]
+    values, index = ["tokens", "both unlikely"], ["kind"]
     counts = frame.pivot_table(values, index, "regime", "sum", fill_value=0)
     tokens, unlikely = counts["tokens"], counts["both unlikely"]
     of_kind, of_unlikely = tokens.sum(axis=1), unlikely.sum(axis=1)
@@ -486,8 +481,9 @@ def write_tables(frames: dict) -> None:
             table = grid(frame)
             tables[name] = table.iloc[:, :6]
             tables[f"{name}, more"] = table.iloc[:, [0, *range(6, table.shape[1])]]
-    for setting, frame in frames["landed"].groupby("setting"):
-        tables[f"landed, {setting}"] = where_they_land(frame)
+    for (setting, method), frame in frames["landed"].groupby(["setting", "method"]):
+        if method != "agree":
+            tables[f"landed, {setting}, {method}"] = where_they_land(frame)
     tables["cost"] = frames["cost"].groupby("method", sort=False).agg(spread).reset_index()
     for file in (ROOT / "README.md", RESULTS / "README.md"):
         text = file.read_text()
@@ -496,22 +492,20 @@ def write_tables(frames: dict) -> None:
             if begin in text:
                 before, rest = text.split(begin)
                 written = table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
-                text = f"{before}{begin}\n{written}\n\n{end}{rest.split(end)[1]}"
+                text = f"{before}{begin}{written}\n{end}{rest.split(end)[1]}"
         file.write_text(text)
 
 
 # --- 7. figures
-def heat(axis, exact: pandas.DataFrame, opd, best) -> None:
+def heat(axis, exact, opd, best) -> None:
     """A heat map. The best is framed; what is below opd is hatched."""
     shown = {"annot": True, "fmt": ".2f", "vmin": 0, "vmax": 1, "cmap": "viridis"}
     seaborn.heatmap(exact, ax=axis, cbar=False, **shown)
-    below, is_best = (exact < opd - 0.005).to_numpy(), (exact > best - 0.005).to_numpy()
-    for line, column in zip(*below.nonzero(), strict=True):
-        cell = {"fill": False, "hatch": "//", "edgecolor": "#ffffff70", "lw": 1}
-        axis.add_patch(Rectangle((column, line), 1, 1, **cell))
-    for line, column in zip(*is_best.nonzero(), strict=True):
-        cell = {"fill": False, "edgecolor": "red", "lw": 3, "clip_on": False, "zorder": 3}
-        axis.add_patch(Rectangle((column, line), 1, 1, **cell))
+    below = {"hatch": "//", "edgecolor": "#ffffff70"}
+    first = {"edgecolor": "red", "lw": 3, "clip_on": False, "zorder": 3}
+    for cells, look in ((exact < opd - 0.005, below), (exact > best - 0.005, first)):
+        for line, column in zip(*cells.to_numpy().nonzero(), strict=True):
+            axis.add_patch(Rectangle((column, line), 1, 1, fill=False, **look))
 
 
 def draw_situations(frame):
@@ -519,15 +513,14 @@ def draw_situations(frame):
     figure = Figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
     heat(left, exact, exact.loc["opd"], exact.max())
-    left.set(xlabel="", ylabel="student trained with")
-    left.set_title(f"exact match, mean of {seeds} seeds. Frame: the best. Hatched: below opd.")
+    title = f"exact match, mean of {seeds} seeds. Frame: the best. Hatched: below opd."
+    left.set(xlabel="", ylabel="student trained with", title=title)
     left.set_xticks(left.get_xticks(), left.get_xticklabels(), rotation=30, ha="right")
     places = [line + 0.5 for line in range(len(exact))]
     regret = (exact.max() - exact).max(axis=1)
     right.scatter(exact.mean(axis=1), places, 60, "black", label="mean")
     right.scatter(regret, places, 60, "orange", marker="X", label="worst regret")
     right.set(title="over all situations", xlim=(-0.03, 1), xlabel="exact match")
-    right.grid(alpha=0.3)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     figure.savefig(RESULTS / "situations.png", dpi=80)
 
@@ -538,8 +531,6 @@ def draw_dots(frame):
     shown |= {"order": exact_of(frame).index, "jitter": False, "alpha": 0.6, "s": 60}
     grid = seaborn.catplot(frame, height=4, aspect=1.4, color="#00695c", **shown)
     grid.set_titles("{col_name}: a dot is a seed").set(xlim=(0, 1), ylabel="student trained with")
-    for axis in grid.axes.flat:
-        axis.grid(alpha=0.3)
     grid.savefig(RESULTS / "dots.png", dpi=80)
 
 
@@ -564,10 +555,12 @@ def draw_planes(frame):
 
 
 def draw_seeds(frame, values: list, label: str, name: str, **axes) -> None:
-    """A panel for every col and row; every seed is a line."""
-    frame = frame.melt(frame.columns.difference(values), values, "which", label).dropna()
+    """Every seed is a line."""
+    frame = frame.melt(frame.columns.difference(values), values, "which", label).dropna(
+        subset=label
+    )
     shown = {"kind": "line", "units": "seed", "estimator": None, "alpha": 0.7}
-    grid = seaborn.relplot(frame, x="step", y=label, height=2.8, aspect=1.4, **shown, **axes)
+    grid = seaborn.relplot(frame, x="step", y=label, height=3, aspect=1.4, **shown, **axes)
     grid.set_titles("{col_name}: {row_name}").savefig(RESULTS / f"{name}.png", dpi=80)
 
 
@@ -580,7 +573,7 @@ def draw_map(frame):
     for axis, method in zip(figure.subplots(2, 3).flat, OURS, strict=False):
         heat(axis, exact[method], exact["opd"], math.inf)
         axis.set_title(method)
-    figure.suptitle("exact match; hatched: below opd")
+    figure.suptitle("exact match; hatched and outlined: below opd")
     figure.savefig(RESULTS / "map.png", dpi=80)
 
 
@@ -589,22 +582,19 @@ def draw() -> None:
     files = sorted(RESULTS.glob("*.csv"))
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in files}
     write_tables(frames)
+    seaborn.set_theme(style="whitegrid")
     draw_situations(complete(frames["situations"]))
     draw_dots(complete(frames["situations"]))
     draw_planes(frames["planes"])
     draw_map(frames["map"])
     axes = {"hue": "which", "col": "method", "row": "first token"}
-    draw_seeds(frames["first_tokens"], ["teacher", "student"], "probability", "anchor", **axes)
+    both = ["teacher", "student"]
+    draw_seeds(frames["first_tokens"], both, "probability", "anchor", **axes)
     axes = {"hue": "method", "col": "setting", "row": "which", "facet_kws": {"sharey": "row"}}
-    draw_seeds(
-        frames["curves"].drop(columns="anchor moved", errors="ignore"),
-        ["exact match", "entropy"],
-        "share, or nats",
-        "long",
-        **axes,
-    )
-    axes = {"hue": "seed", "col": "setting", "row": "which", "palette": "tab10"}
-    draw_seeds(frames["anchor_moved"], ["anchor moved"], "KL, nats", "moved", **axes)
+    both = ["exact match", "entropy"]
+    draw_seeds(frames["curves"], both, "share, or nats", "long", **axes)
+    axes = {"hue": "setting", "col": "method", "row": "which"}
+    draw_seeds(frames["moved"], ["anchor moved"], "KL, nats", "moved", **axes)
 
 
 # --- 8. the command line

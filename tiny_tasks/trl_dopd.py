@@ -1,21 +1,20 @@
 """DOPD inside Hugging Face TRL: many GPUs, LoRA, runs that resume.
 
-    accelerate launch --config_file engine.yaml tiny_tasks/trl_dopd.py --data my.jsonl \\
+    accelerate launch --config_file engine.yaml tiny_tasks/trl_dopd.py --recipe dopd_frozen \\
         --teacher_model_name_or_path Qwen/Qwen3-8B --model_name_or_path Qwen/Qwen3-1.7B \\
-        --recipe dopd_frozen --learning_rate 5e-6 --per_device_train_batch_size 8 \\
+        --data my.jsonl --learning_rate 5e-6 --per_device_train_batch_size 8 \\
         --gradient_accumulation_steps 8 --output_dir runs/trl
 
-On 8 GPUs a step takes 8 x 8 x 8 completions: 4 for each of 128 prompts. engine.yaml is one of
+A step takes 8 x 8 completions on each GPU. engine.yaml is, for DDP, FSDP 2 and ZeRO-3 (or 2):
 
-    {num_processes: 8, distributed_type: MULTI_GPU}  # DDP: whole models on every GPU
-
-    {num_processes: 8, distributed_type: FSDP,  # FSDP 2: an eighth of each model
+    {num_processes: 8, distributed_type: MULTI_GPU}
+    {num_processes: 8, distributed_type: FSDP,
      fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}}
-
-    {num_processes: 8, distributed_type: DEEPSPEED,  # ZeRO-3: the same; ZeRO-2: zero_stage: 2
+    {num_processes: 8, distributed_type: DEEPSPEED,
      deepspeed_config: {zero_stage: 3, zero3_init_flag: true, zero3_save_16bit_model: true}}
 
 TRL's flags hold: --use_peft is LoRA, --resume_from_checkpoint FOLDER goes on, --bf16 is True.
+Tried: two CPU processes, tiny models; they equal dopd.py. Never: GPUs, vLLM, models of real size.
 """
 
 import random
@@ -30,7 +29,6 @@ import transformers
 import trl
 from accelerate import utils
 from datasets import Dataset
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
@@ -38,25 +36,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dopd  # noqa: E402
 
 # Flags of TRL that DOPD or dopd.load have no use for.
-REFUSED = """beta temperature top_p top_k min_p repetition_penalty log_completions load_in_4bit
-    load_in_8bit model_revision teacher_model_revision model_init_kwargs teacher_model_init_kwargs
-    attn_implementation trust_remote_code""".split()
+REFUSED = """beta temperature top_p top_k min_p repetition_penalty attn_implementation
+    load_in_4bit load_in_8bit model_revision teacher_model_revision""".split()
 
 
 @dataclass
 class DOPDConfig(trl.DistillationConfig):
-    data: str = dopd.flag("", "rows of prompt, answer and hint, as for dopd.py")
-    hint_template: str = dopd.flag(dopd.Config.hint_template, "what privileged policies read")
+    data: str = dopd.flag("", "as for dopd.py")
+    hint_template: str = dopd.flag(dopd.Config.hint_template, "as for dopd.py")
     recipe: str = dopd.flag("dopd", "the method", choices=dopd.RECIPES)
     rollouts: int = dopd.flag(4, "completions sampled per prompt")
-    loss_top_k: int = dopd.flag(128, "words in the top-K support, besides the tail")
+    loss_top_k: int = dopd.flag(128, "--top_k of dopd.py")
     shuffle_dataset: bool = False  # `train` does it, prompt by prompt
-    disable_dropout: bool = True  # that of LoRA, too: who is scored is who learns
+    disable_dropout: bool = True  # LoRA's, too: who is scored is who learns
 
 
 class DOPDTrainer(trl.DistillationTrainer):
-    """`models`: teacher, student, and the anchor if it is frozen. With LoRA, such an anchor is the
-    student without its adapter. `rows`: from dopd.encode."""
+    """`models`: student, teacher and anchor, if it is frozen and not the student below LoRA."""
 
     def __init__(self, models: dict, rows: list[dict], config: DOPDConfig, **more):
         data = Dataset.from_list([row for row in rows for _ in range(config.rollouts)])
@@ -65,7 +61,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         self.frozen = {who: self.shard(models[who]) for who in models if who != "student"}
 
     def shard(self, model):
-        """What TRL does with the student, for a model that does not learn."""
+        """Places a model that does not learn."""
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if not self.is_fsdp_enabled:
@@ -73,18 +69,18 @@ class DOPDTrainer(trl.DistillationTrainer):
         plugin = self.accelerator.state.fsdp_plugin
         before = dict(vars(plugin))
         utils.fsdp2_prepare_model(self.accelerator, model)
-        vars(plugin).update(before)  # it would look for the teacher's layers in the student
+        vars(plugin).update(before)  # else the student needs the teacher's class
         return model
 
+    def wrapped(self, who: str):
+        return self.frozen.get(who, self.model_wrapped)
+
     def check(self) -> None:
-        for who, wrapped in {
-            "student": self.model_wrapped,
-            "teacher": self.frozen["teacher"],
-        }.items():
-            with unwrap_model_for_generation(wrapped, self.accelerator):
+        for who in ("student", "teacher"):
+            with unwrap_model_for_generation(self.wrapped(who), self.accelerator):
                 dopd.check_scores(self.models[who], self.rows)
 
-    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple:
+    def _tokenize_prompts(self, prompts: list) -> tuple:
         return prompts, None, {}  # dopd.encode did it
 
     def log_probs(self, who: str, reads: str, rows: list, completions: list) -> dopd.LogProbs:
@@ -92,39 +88,41 @@ class DOPDTrainer(trl.DistillationTrainer):
         model = self.models.get(who, self.models["student"])
         head = model.get_output_embeddings()
         if isinstance(head, FSDPModule):
-            head.unshard()  # it is a unit of its own, and dopd.score takes the weight only
+            head.unshard()  # a shard of its own
         size = self.args.per_device_train_batch_size
         return dopd.score(dopd.Policy(model, reads), rows, completions, size)
 
     def score(self, name: str, *given) -> dopd.LogProbs:
         who, reads = dopd.POLICIES[name]
-        wrapped = self.frozen.get(who, self.model_wrapped)
-        model = self.accelerator.unwrap_model(wrapped)
+        model = self.accelerator.unwrap_model(self.wrapped(who))
         before_lora = who == "anchor" and self.recipe.anchor_decay and utils.is_peft_model(model)
         with model.disable_adapter() if before_lora else nullcontext():
             read = partial(self.log_probs, who, reads, *given)
-            return self._forward_redirection(wrapped, model, read)
+            return self._forward_redirection(self.wrapped(who), model, read)
 
     @torch.no_grad()
     def _generate_and_score_completions(self, rows: list[dict]) -> dict:
         """This process's share of an optimizer step, as the parts 1 to 3 of dopd.distill_step."""
+        here, world = self.accelerator.process_index, self.accelerator.num_processes
         with self.accelerator.autocast():
             if self._step == 0:
                 self.check()
+            # Seed, step and process decide every random draw.
+            torch.manual_seed((self.args.seed * 10**6 + self.state.global_step) * world + here)
             completions = self._generate([row["plain"] for row in rows])[1]
             tokens = torch.tensor(sum(completions, []), device=self.accelerator.device)  # (N,)
             others = {term.source for term in self.recipe.terms} | {*self.recipe.router_reads}
-            # All processes have to call the models in the same order.
+            # Sorted: processes that differ in their order wait for ever.
             sources = {name: self.score(name, rows, completions) for name in sorted(others)}
             scores = {}
             for name in self.recipe.router_reads:
                 own = dopd.token_scores(sources[name], tokens)
                 scores[name] = dopd.Scores(*map(of_all_processes, own))
-        # Means over the tokens of all processes decide. Of their gradients, the mean is taken.
+        # Means over all processes decide. Of their gradients, the mean is taken.
         lengths = of_all_processes(torch.tensor([len(ids) for ids in completions]))
         regimes, weights = dopd.assign(self.recipe, scores, lengths)
-        first = lengths[: len(rows) * self.accelerator.process_index].sum()
-        weights = weights[:, first:].to(tokens.device) * self.accelerator.num_processes
+        first = lengths[: len(rows) * here].sum()
+        weights = weights[:, first:].to(tokens.device) * world
         for term in self.recipe.terms:
             share = (regimes == term.regime).float().mean().item()
             self._metrics["train"][f"regime/{term.regime.name}"].append(share)
@@ -144,12 +142,10 @@ class DOPDTrainer(trl.DistillationTrainer):
             logp = self.log_probs("student", "plain", rows, completions)
             loss = dopd.recipe_loss(self.recipe, logp, sources, weights, self.args.loss_top_k)
             entropy = dopd.token_scores(logp, tokens).entropy.sum()
-        if not loss.isfinite():  # TRL would leave it out of its log, and go on
-            raise dopd.UserError(f"the loss is {loss.item()}; try a lower --learning_rate")
-        return loss, entropy, torch.tensor(len(tokens), device=tokens.device)
+        return loss, entropy, tokens.new_tensor(len(tokens))
 
 
-def of_all_processes(own: Tensor) -> Tensor:
+def of_all_processes(own):
     return torch.cat(utils.gather_object([own.cpu()]))
 
 
@@ -165,24 +161,24 @@ def check(config: DOPDConfig, model: trl.ModelConfig) -> dopd.Config:
             if getattr(flags, name, None) != getattr(type(flags), name, None):
                 raise dopd.UserError(f"--{name}: not supported")
     if dopd.RECIPES[config.recipe].anchor_decay not in (0, 1):
-        raise dopd.UserError(f"--recipe {config.recipe}: needs a moving anchor, as in dopd.py")
+        raise dopd.UserError(f"--recipe {config.recipe}: its anchor moves; not supported")
     return own
 
 
 def train(config: DOPDConfig, model: trl.ModelConfig) -> None:
     own = check(config, model)
-    rows = dopd.read_rows(own) if config.process_index == 0 else None
-    rows = utils.broadcast_object_list([rows])[0]
+    rows = dopd.read_rows(own)
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    step, there = step * config.world_size, len(rows) * config.rollouts
-    if there < step:
-        raise dopd.UserError(f"{len(rows)} rows: {there} completions; a step takes {step}")
+    step *= config.world_size
+    if len(rows) * config.rollouts < step:
+        raise dopd.UserError(f"--data: {len(rows)} rows do not fill a step of {step} completions")
     tokenizer, teacher, student = dopd.load(own, own.max_new_tokens)
-    dopd.encode(rows, tokenizer, (teacher, student), config.hint_template)
+    if config.process_index == 0:
+        dopd.encode(rows, tokenizer, (teacher, student), config.hint_template)
+    rows = utils.broadcast_object_list([rows])[0]
     models = {"student": student, "teacher": teacher}
     if dopd.RECIPES[config.recipe].anchor_decay and not model.use_peft:
-        # From disk: a student in shards cannot be copied.
-        auto = transformers.AutoModelForCausalLM
+        auto = transformers.AutoModelForCausalLM  # from disk: shards cannot be copied
         _, models["anchor"] = dopd.load_model("student", own.student, "float32", "cpu", auto)
         models["anchor"].vocabulary = student.vocabulary
     rows = random.Random(config.seed).sample(rows, len(rows))
@@ -194,7 +190,7 @@ def train(config: DOPDConfig, model: trl.ModelConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
+    sys.stdout.reconfigure(errors="replace")
     flags = trl.TrlParser((DOPDConfig, trl.ModelConfig)).parse_args_and_config(argv)
     try:
         train(*flags)
