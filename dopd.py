@@ -170,7 +170,7 @@ class OwnData:  # rows of --data, for real models
         found = [""]
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                found.append(match[match.lastindex or 0].strip() or found[-1])
+                found.append(next(filter(None, match.groups()), match[0]).strip() or found[-1])
         return found[-1]
 
     def grade(self, row: dict, completion: str) -> dict[str, bool]:

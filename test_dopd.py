@@ -9,9 +9,11 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,9 +259,6 @@ def spy(monkeypatch, owner, name, note):
     monkeypatch.setattr(owner, name, lambda *given: note(*given) or real(*given))
 
 
-WHO = ("student", "privileged_student", "teacher")
-
-
 def policies_of(student, anchor, teacher):
     return {
         "student": Policy(student, "plain"),
@@ -289,6 +288,19 @@ def note_taker(model, gradient):
     return SimpleNamespace(zero_grad=model.zero_grad, step=step)
 
 
+def in_parts():
+    """The paper's recipe with every term in two, whose weights add up to its weight."""
+    terms = []
+    for term in dopd.dopd().terms:
+
+        def rest(scores, weight=term.weight):
+            return weight - scores["privileged_teacher"].logp
+
+        terms.append(term._replace(weight=rest))
+        terms.append(term._replace(weight=lambda scores: scores["privileged_teacher"].logp))
+    return dopd.dopd()._replace(terms=terms)
+
+
 ROWS = []
 for ids in ([0, 65, 7], [9], [88, 0, 0, 4, 5]):
     ROWS.append({"prompt": str(ids), "plain": ids, "hinted": [5, 0, 9, *ids]})
@@ -314,10 +326,11 @@ def sampled_and_scored(pair, frozen=False):
     return policies, completions, logps
 
 
-@pytest.mark.parametrize("name", dopd.RECIPES)
+@pytest.mark.parametrize("name", [*dopd.RECIPES, "in_parts"])
 def test_step_token_by_token(name, pair, monkeypatch):
     """Catches a gap or a source from the wrong model, with the wrong prompt, or one token off;
     means per micro-batch, or not per completion first; log-probs (N, V) that are kept."""
+    monkeypatch.setitem(dopd.RECIPES, "in_parts", in_parts())
     recipe, table = dopd.RECIPES[name], TABLE
     if name in ("opd", "privileged_opd"):
         table = {"ALL": (name.replace("opd", "teacher"), "reverse_kl", None, 1.0)}
@@ -352,6 +365,9 @@ def test_step_token_by_token(name, pair, monkeypatch):
     start = sum(len(ids) for ids in completions[:8])
     example, own = metrics["rollouts"][2], slice(start, start + len(completions[8]))
     assert example["ids"] == completions[8] and example["regimes"] == regimes[own]
+    for role in recipe.router_reads:
+        q = [logps[role][8][i][token].exp().item() for i, token in enumerate(completions[8])]
+        assert example[role] == pytest.approx(q, abs=1e-4)
 
 
 def test_dopd_loss(pair):
@@ -420,7 +436,7 @@ def test_a_gradient_that_is_not_finite_names_where_it_began(pair):
     """Catches a step with nan; the name that the backward pass meets last; clipping before."""
     _, teacher, student = load(pair / "teacher", pair / "student")
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"):
-        student.get_parameter(name).register_hook(lambda gradient: gradient * math.inf)
+        student.get_parameter(name).register_hook(lambda gradient: gradient * math.nan)
     gradient = []
     with pytest.raises(UserError, match=f"not finite.*{name}"):
         step(policies_of(student, student, teacher), gradient)
@@ -502,6 +518,7 @@ GRADES = [  # pattern, completion, answer, right?
     (r"(-?[\d.,]*)", "it is 42", "42", True),  # it also matches nothing, at the end
     (r"is (\d+)|$", "is 42", "42", True),
     (r"4|(x)", "4", "4", True),  # the group is not in the match
+    (r"is (\d+)( dollars)?", "is 42 dollars", "42", True),
     (BOXED, r"so \boxed{\sqrt{\frac{1}{2}}}.", r"\sqrt{\frac{1}{2}}", True),
     ("(?s).+", "two\nlines", "two\r\nlines", True),
     (r"(a|aa)+$", "a" * 40 + "b", "a", False),  # an hour without a time limit
@@ -511,8 +528,9 @@ GRADES = [  # pattern, completion, answer, right?
 @pytest.mark.parametrize("pattern, completion, answer, right", GRADES)
 def test_grades_of_own_data(pattern, completion, answer, right):
     """Catches the first match, an empty last match, nested braces, a pattern that never ends."""
-    task = dopd.OwnData(Config(answer_regex=pattern))
+    task, start = dopd.OwnData(Config(answer_regex=pattern)), time.process_time()
     assert task.grade({"answer": answer}, completion)["exact match"] == right
+    assert time.process_time() - start < 5
 
 
 def test_a_completion_that_was_cut_off_is_wrong(pair, monkeypatch):
@@ -530,7 +548,9 @@ def test_a_completion_that_was_cut_off_is_wrong(pair, monkeypatch):
 SMALL = "--batch_size 4 --rollouts 2 --test_prompts 99 --eval_every 2 --steps 4 --max_new_tokens 6"
 SUMS = []
 for i in [*range(24)] * 2:
-    SUMS.append({"prompt": f"What is {i} plus 4?", "answer": "4", "hint": f"count on from {i}"})
+    SUMS.append(
+        {"prompt": f"What is {i} plus 4?", "answer": f"{i + 4}", "hint": f"count on from {i}"}
+    )
 # A terminal that has no Chinese, and the plots of a notebook.
 ODD_TERMINAL = {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://matplotlib_inline.backend"}
 ODD_TERMINAL["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -558,8 +578,9 @@ def refused(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         dopd.main(argv)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("dopd.py") == 1 and "Traceback" not in said
-    return said.splitlines()[-1]
+    line = said.splitlines()[-1]
+    assert stopped.value.code == 2 and (line.startswith("dopd.py: ") or "usage: " in said)
+    return line
 
 
 def test_the_tiny_experiment_twice(monkeypatch):
@@ -581,8 +602,8 @@ def test_the_tiny_experiment_twice(monkeypatch):
     drawn = python(Path(dopd.__file__).with_name("tiny_tasks") / "report.py", "one")
     assert drawn.returncode == 0 and b"LH" in drawn.stdout, drawn.stderr[-3000:]
     for name in ("student before", "teacher", "teacher, with the hint", "dopd"):
-        assert re.search(rf"^\| {name} .*\d\.\d\d", Path("one/report.md").read_text(), re.M)
-    assert all(Path(f"one/{name}").exists() for name in ("tokens.svg", "curves.png", "router.png"))
+        assert re.search(rf"\| {name} .*\d\.\d\d", Path("one/report.md").read_text())
+    assert {"tokens.svg", "curves.png", "router.png"} <= {*os.listdir("one")}
 
 
 def test_a_real_looking_pair(pair, monkeypatch, capsys):
@@ -592,8 +613,9 @@ def test_a_real_looking_pair(pair, monkeypatch, capsys):
     steps, tested = [], set()
 
     def note(recipe, policies, optimizer, rows, config):
-        assert policies == policies_of(*[policies[who].model for who in WHO])
-        heads = [policies[who].model.lm_head.weight.detach().double() for who in WHO]
+        models = [policies[name].model for name in ("student", "privileged_student", "teacher")]
+        assert policies == policies_of(*models)
+        heads = [model.lm_head.weight.detach().double() for model in models]
         steps.append((recipe.anchor_decay, optimizer.param_groups[0]["lr"], *heads))
         for row in rows:
             assert tested and row["prompt"] not in tested
@@ -673,6 +695,13 @@ def test_a_run_that_was_stopped_goes_on_with_resume(pair, monkeypatch, capsys):
             assert Path(folder, file).read_bytes() == Path(file).read_bytes()
 
 
+def test_a_script_that_only_tests(pair, monkeypatch):
+    """Catches a name that exists only after an import, and an end that needs a training."""
+    monkeypatch.setattr(sys, "argv", ["dopd.py", *on(pair).split(), "--steps", "0", "--out", "run"])
+    runpy.run_path(dopd.__file__, run_name="__main__")
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
+
+
 # --- data, models and flags of users
 def test_tokenizers_with_habits():
     """Catches an end that a tokenizer adds, and is left; an end that the row or the template wrote,
@@ -683,12 +712,26 @@ def test_tokenizers_with_habits():
     adding = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 0)])
     adds.backend_tokenizer.post_processor = adding
     for words in (plain, unknown, adds, ends):
-        tokenizer, *models = load(save("model", tiny(height=300), words))
+        tokenizer, *both = load(save("model", tiny(height=300), words))
         for prompt in ("What is three", f"What is{eos}", f"What{eos}{eos}"):
             rows = [{"prompt": prompt, "hint": "four"}]
-            dopd.encode(rows, tokenizer, models, "{prompt}\n{hint}")
+            dopd.encode(rows, tokenizer, both, "{prompt}\n{hint}")
             text = f"{prompt}<|im_end|>" if words is ends else prompt
             assert rows[0]["plain"] == plain(text).input_ids
+
+
+def test_words_that_the_tokenizer_or_the_model_lacks():
+    """Catches prompts that become the same tokens, and a token beyond the table of the model."""
+    few = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "What": 2}, unk_token="<unk>"))
+    few.pre_tokenizer = pre_tokenizers.Whitespace()
+    few = transformers.PreTrainedTokenizerFast(tokenizer_object=few, eos_token="<eos>")
+    more = bpe(None)
+    more.add_tokens("<more>")
+    for words, prompts in ((few, ["What one", "What two"]), (more, ["What <more>"])):
+        tokenizer, *both = load(save("model", tiny(height=300), words))
+        rows = [{"prompt": prompt, "hint": ""} for prompt in prompts]
+        with pytest.raises(UserError, match=prompts[-1]):
+            dopd.encode(rows, tokenizer, both, "{prompt}\n{hint}")
 
 
 def test_texts_stand_in_the_rows_as_in_the_file():
@@ -728,6 +771,7 @@ FILES = {  # name: what is wrong with the last row
     "special": {"answer": "<|im_end|>"},
     "long": {"hint": "count on " * 20},
 }
+LOOKED_AT = ["splits", "log", "step"]  # of a checkpoint, before the flags
 MODELS = {"cut": {}, "other": {}, "short": {"max_position_embeddings": 100}}
 BAD = {  # flags: words of the line
     "--lr nan": "--lr",
@@ -739,6 +783,7 @@ BAD = {  # flags: words of the line
     "--resume newer": "--resume newer temperature",
     "PAIR --hint_template {prompt}": "hint",
     "PAIR --answer_regex (": "--answer_regex",
+    "PAIR --answer_regex [0-9]": "'10'",
     "PAIR --out other": "--out other",
     "PAIR --recipe odd": "odd topk",
     "PAIR --recipe unrouted": "unrouted router",
@@ -776,9 +821,9 @@ def test_bad_input(flags, pair, capsys, monkeypatch):
         if name == "other":
             tokenizer.add_tokens("<|other|>")
         save(name, model, tokenizer)
-    for name, more in (("alien", {}), ("newer", {"temperature": 1.0})):
+    for name, state, more in (("alien", ["model"], {}), ("newer", LOOKED_AT, {"temperature": 1.0})):
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps(vars(Config()) | more))
-        torch.save({"model": {}}, f"{name}/checkpoint.pt")
+        torch.save(dict.fromkeys(state), f"{name}/checkpoint.pt")
     line = refused(argv, capsys)
     assert all(word in line for word in BAD[flags].split()), line

@@ -9,7 +9,8 @@ A step takes 8 x 8 completions on each GPU. engine.yaml is, for DDP, FSDP 2 and 
 
     {num_processes: 8, distributed_type: MULTI_GPU}
     {num_processes: 8, distributed_type: FSDP,
-     fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}}
+     fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP,
+                   fsdp_state_dict_type: FULL_STATE_DICT}}
     {num_processes: 8, distributed_type: DEEPSPEED,
      deepspeed_config: {zero_stage: 3, zero3_init_flag: true, zero3_save_16bit_model: true}}
 
@@ -52,7 +53,7 @@ class DOPDConfig(trl.DistillationConfig):
 
 
 class DOPDTrainer(trl.DistillationTrainer):
-    """`models`: student, teacher and anchor, if it is frozen and not the student below LoRA."""
+    """`models`: student, teacher and, where it is a third model, the anchor."""
 
     def __init__(self, models: dict, rows: list[dict], config: DOPDConfig, **more):
         data = Dataset.from_list([row for row in rows for _ in range(config.rollouts)])
@@ -95,8 +96,8 @@ class DOPDTrainer(trl.DistillationTrainer):
     def score(self, name: str, *given) -> dopd.LogProbs:
         who, reads = dopd.POLICIES[name]
         model = self.accelerator.unwrap_model(self.wrapped(who))
-        before_lora = who == "anchor" and self.recipe.anchor_decay and utils.is_peft_model(model)
-        with model.disable_adapter() if before_lora else nullcontext():
+        without_lora = who == "anchor" and self.recipe.anchor_decay and who not in self.models
+        with model.disable_adapter() if without_lora else nullcontext():
             read = partial(self.log_probs, who, reads, *given)
             return self._forward_redirection(self.wrapped(who), model, read)
 
