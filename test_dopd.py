@@ -568,7 +568,7 @@ def on(pair):
 
 def python(*argv):
     """Runs a script to its end in a process of its own."""
-    flags = {"capture_output": True, "timeout": 120, "env": os.environ | ODD_TERMINAL}
+    flags = {"capture_output": True, "timeout": 300, "env": os.environ | ODD_TERMINAL}
     return subprocess.run([sys.executable, *argv], **flags)
 
 

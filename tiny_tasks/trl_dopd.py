@@ -78,8 +78,9 @@ class DOPDTrainer(trl.DistillationTrainer):
 
     def check(self) -> None:
         for who in ("student", "teacher"):
-            with unwrap_model_for_generation(self.wrapped(who), self.accelerator):
-                dopd.check_scores(self.models[who], self.rows)
+            check = partial(dopd.check_scores, self.models[who], self.rows)
+            with unwrap_model_for_generation(self.wrapped(who), self.accelerator) as model:
+                self._forward_redirection(self.wrapped(who), model, check)
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
         return prompts, None, {}  # dopd.encode did it
