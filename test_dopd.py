@@ -552,8 +552,8 @@ for i in [*range(24)] * 2:
         {"prompt": f"What is {i} plus 4?", "answer": f"{i + 4}", "hint": f"count on from {i}"}
     )
 # A terminal that has no Chinese, and the plots of a notebook.
-ODD_TERMINAL = {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://matplotlib_inline.backend"}
-ODD_TERMINAL["PYTHONPATH"] = os.pathsep.join(sys.path)
+ODD_TERMINAL = {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": os.pathsep.join(sys.path)}
+ODD_TERMINAL["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 
 
 def write_rows(name, rows):

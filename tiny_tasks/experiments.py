@@ -1,8 +1,8 @@
 """Runs the experiments; writes results/NAME.csv, and the figures and tables of both READMEs.
 
     pip install -r tiny_tasks/requirements.txt
-    python tiny_tasks/experiments.py situations    # names of EXPERIMENTS; two runs at a time
-    python tiny_tasks/experiments.py --draw        # only figures and tables, from the CSV files
+    python tiny_tasks/experiments.py situations           # names of EXPERIMENTS
+    python tiny_tasks/experiments.py --draw situations    # only draw what is finished
 
 A run is one seed of one setting, in runs/NAME/SETTING-seedN. A finished run is not repeated; one
 that was interrupted goes on. To add a method or a situation: a line in RECIPES or TASKS, and its
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -377,12 +378,12 @@ def cost(rounds: int = 5, steps: int = 20):
 
 
 # CSV file: experiment, function
-EXTRAS = {
+FILES = {name: (name, partial(collect, name)) for name in EXPERIMENTS} | {
     "landed": ("situations", landed),
     "planes": ("situations", planes),
-    "curves": ("long", lambda: over_time("long", [*RECIPES])),
-    "moved": ("situations", lambda: over_time("situations", ["dopd"])),
-    "moved_at_papers_rate": ("papers_rate", lambda: over_time("papers_rate", ["dopd"])),
+    "moved": ("situations", partial(over_time, "situations", ["dopd"])),
+    "moved_at_papers_rate": ("papers_rate", partial(over_time, "papers_rate", ["dopd"])),
+    "curves": ("long", partial(over_time, "long", [*RECIPES])),
     "cost": ("cost", cost),
 }
 
@@ -401,23 +402,19 @@ def grid(frame):
     return table.drop(index=["student before", "teacher"]).reset_index()
 
 
-def complete(frame):
-    """The students of those seeds that have all settings."""
-    count = frame.groupby("seed").setting.nunique()
-    seeds = count[count == count.max()].index
-    return frame[frame.seed.isin(seeds) & frame.method.isin(METHODS)]
-
-
 def exact_of(frame):
-    """Mean exact match: methods, the best on average first, x situations."""
+    """Mean exact match: methods, the best on average first, x situations (number of seeds)."""
+    frame = frame[frame.method.isin(METHODS)]
     means = frame.pivot_table("exact match", "method", "setting")
+    seeds = frame.groupby("setting").seed.nunique()
     order = means.mean(axis=1).sort_values(ascending=False).index
-    return means.loc[order, [name for name in SITUATIONS if name in means]]
+    names = {name: f"{name} ({seeds[name]})" for name in SITUATIONS if name in means}
+    return means.loc[order, [*names]].rename(columns=names)
 
 
 def summary(frame):
     """Regret: how far a method is below the best method of a situation."""
-    exact = exact_of(complete(frame))
+    exact = exact_of(frame)
     regret = exact.max() - exact
     table = pandas.DataFrame({"mean": exact.mean(axis=1), "worst regret": regret.max(axis=1)})
     table = table.map("{:.2f}".format)
@@ -509,11 +506,10 @@ def heat(axis, exact, opd, best) -> None:
 
 
 def draw_situations(frame):
-    exact, seeds = exact_of(frame), frame.seed.nunique()
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    exact, figure = exact_of(frame), Figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
     heat(left, exact, exact.loc["opd"], exact.max())
-    title = f"exact match, mean of {seeds} seeds. Frame: the best. Hatched: below opd."
+    title = "exact match, means (number of seeds). Frame: the best. Hatched: below opd."
     left.set(xlabel="", ylabel="student trained with", title=title)
     left.set_xticks(left.get_xticks(), left.get_xticklabels(), rotation=30, ha="right")
     places = [line + 0.5 for line in range(len(exact))]
@@ -525,17 +521,20 @@ def draw_situations(frame):
     figure.savefig(RESULTS / "situations.png", dpi=80)
 
 
-def draw_dots(frame):
-    """A dot for every seed and method, on the two tasks of dopd.py."""
+def draw_dots(frames: dict):
+    """A dot for every seed and method."""
+    code = {"this code": frames["situations"], "before": frames["methods"]}
+    frame = pandas.concat(code, names=["code"]).reset_index()
     shown = {"x": "exact match", "y": "method", "col": "setting", "col_order": BOTH}
-    shown |= {"order": exact_of(frame).index, "jitter": False, "alpha": 0.6, "s": 60}
-    grid = seaborn.catplot(frame, height=4, aspect=1.4, color="#00695c", **shown)
+    shown |= {"order": exact_of(frames["situations"]).index, "hue": "code", "s": 60}
+    palette = {"this code": "#00695c", "before": "#c0c0c0"}
+    grid = seaborn.catplot(frame, height=4, aspect=1.4, jitter=False, palette=palette, **shown)
     grid.set_titles("{col_name}: a dot is a seed").set(xlim=(0, 1), ylabel="student trained with")
     grid.savefig(RESULTS / "dots.png", dpi=80)
 
 
 def draw_planes(frame):
-    """The same tokens, as sorted by the log gap and by the gap of probabilities."""
+    """The same tokens, by the log gap and by the gap of probabilities."""
     frame[["q_S", "q_T"]] = frame[["student", "teacher"]].clip(lower=1e-4)
     near = (frame.q_T - frame.q_S).abs() < 0.5
     frame["gap of probabilities"] = near.map({True: "below 1/2", False: "1/2 or more"})
@@ -583,8 +582,8 @@ def draw() -> None:
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in files}
     write_tables(frames)
     seaborn.set_theme(style="whitegrid")
-    draw_situations(complete(frames["situations"]))
-    draw_dots(complete(frames["situations"]))
+    draw_situations(frames["situations"])
+    draw_dots(frames)
     draw_planes(frames["planes"])
     draw_map(frames["map"])
     axes = {"hue": "which", "col": "method", "row": "first token"}
@@ -605,22 +604,20 @@ def launch(job: tuple) -> None:
         command = [sys.executable, __file__, "--run", *map(str, job)]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     print(*job, "failed: see its log.txt" if code else "done", flush=True)
-    collect(job[0]).round(4).to_csv(RESULTS / f"{job[0]}.csv", index=False)
 
 
 def main(names: list[str]) -> None:
     if names[:1] == ["--run"]:
         return run(names[1], names[2], int(names[3]))
-    names = [name for name in names if name != "--draw"]
-    if not {*names} <= {*EXPERIMENTS, "cost"}:
+    if not {*names} <= {*EXPERIMENTS, "cost", "--draw"}:
         sys.exit(f"choose from {', '.join(EXPERIMENTS)}, cost; or --draw")
     jobs = []
     for name in EXPERIMENTS:
-        if name in names:
+        if name in names and "--draw" not in names:
             jobs += [job for job in jobs_of(name) if not is_done(job)]
     with ThreadPool(2) as pool:
         pool.map(launch, jobs, chunksize=1)
-    for file, (name, function) in EXTRAS.items():
+    for file, (name, function) in FILES.items():
         if name in names:
             function().round(4).to_csv(RESULTS / f"{file}.csv", index=False)
     draw()

@@ -8,9 +8,12 @@ regime), curves.png (the students on the way) and router.png (where the tokens g
 
 import itertools
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not be there
 
 import pandas
 import transformers

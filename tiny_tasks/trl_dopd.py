@@ -36,7 +36,7 @@ from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dopd  # noqa: E402
 
-# Flags of TRL that DOPD or dopd.load have no use for.
+# Flags of TRL that mean nothing here.
 REFUSED = """beta temperature top_p top_k min_p repetition_penalty attn_implementation
     load_in_4bit load_in_8bit model_revision teacher_model_revision""".split()
 
@@ -46,9 +46,9 @@ class DOPDConfig(trl.DistillationConfig):
     data: str = dopd.flag("", "as for dopd.py")
     hint_template: str = dopd.flag(dopd.Config.hint_template, "as for dopd.py")
     recipe: str = dopd.flag("dopd", "the method", choices=dopd.RECIPES)
-    rollouts: int = dopd.flag(4, "completions sampled per prompt")
+    rollouts: int = dopd.flag(4, "completions per prompt")
     loss_top_k: int = dopd.flag(128, "--top_k of dopd.py")
-    shuffle_dataset: bool = False  # `train` does it, prompt by prompt
+    shuffle_dataset: bool = False  # `train` does it
     disable_dropout: bool = True  # LoRA's, too: who is scored is who learns
 
 
@@ -104,7 +104,7 @@ class DOPDTrainer(trl.DistillationTrainer):
 
     @torch.no_grad()
     def _generate_and_score_completions(self, rows: list[dict]) -> dict:
-        """This process's share of an optimizer step, as the parts 1 to 3 of dopd.distill_step."""
+        """This process's share of a step: parts 1 to 3 of dopd.distill_step."""
         here, world = self.accelerator.process_index, self.accelerator.num_processes
         with self.accelerator.autocast():
             if self._step == 0:
@@ -114,14 +114,14 @@ class DOPDTrainer(trl.DistillationTrainer):
             completions = self._generate([row["plain"] for row in rows])[1]
             tokens = torch.tensor(sum(completions, []), device=self.accelerator.device)  # (N,)
             others = {term.source for term in self.recipe.terms} | {*self.recipe.router_reads}
-            # Sorted: processes that differ in their order wait for ever.
+            # Sorted: the same order in every process.
             sources = {name: self.score(name, rows, completions) for name in sorted(others)}
             scores = {}
             for name in self.recipe.router_reads:
                 own = dopd.token_scores(sources[name], tokens)
-                scores[name] = dopd.Scores(*map(of_all_processes, own))
+                scores[name] = dopd.Scores(*map(gathered, own))
         # Means over all processes decide. Of their gradients, the mean is taken.
-        lengths = of_all_processes(torch.tensor([len(ids) for ids in completions]))
+        lengths = gathered(torch.tensor([len(ids) for ids in completions]))
         regimes, weights = dopd.assign(self.recipe, scores, lengths)
         first = lengths[: len(rows) * here].sum()
         weights = weights[:, first:].to(tokens.device) * world
@@ -147,7 +147,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         return loss, entropy, tokens.new_tensor(len(tokens))
 
 
-def of_all_processes(own):
+def gathered(own):
     return torch.cat(utils.gather_object([own.cpu()]))
 
 
