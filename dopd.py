@@ -112,14 +112,14 @@ class Rules(NamedTuple):
     length: int = 3  # names in a prompt
     characters = "0123456789=|abcdefghijklm"
     stable = dict(a=3, b=7, c=1, d=8, e=5, f=9, g=2, h=6, i=4, j=0)
-    wild = dict(k=(1, 4, 6, 9), l=(8, 2, 5, 3), m=(0, 7, 3, 6))  # with 40, 30, 20 and 10%
+    wild = dict(k=(1, 4, 6, 9), l=(8, 2, 5, 3), m=(0, 7, 3, 6))  # see the weights in `digit`
 
     def problem(self, rng: random.Random) -> dict:
         start, names = rng.randrange(10), ""
         for _ in range(self.length):
             names += rng.choice("klm" if rng.random() < 0.2 else "abcdefghij")
         answer = self.work(start, [self.digit(name, 10, rng) for name in names])
-        return {"prompt": f"{start}{names}=", "answer": answer, "hint": answer[::2]}
+        return {"prompt": f"{start}{names}=", "answer": answer, "hint": answer[::2]}  # the digits
 
     def digit(self, name: str, knows: int, rng: random.Random) -> int:
         """What a name stands for, or a guess."""
@@ -170,7 +170,8 @@ class OwnData:  # rows of --data, for real models
         found = [""]
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                found.append(next(filter(None, match.groups()), match[0]).strip() or found[-1])
+                group = next(filter(None, match.groups()), match[0])
+                found.append(group.strip() or found[-1])
         return found[-1]
 
     def grade(self, row: dict, completion: str) -> dict[str, bool]:
@@ -182,8 +183,9 @@ class OwnData:  # rows of --data, for real models
         answer = row["answer"].strip()
         ids = tokenizer(answer, add_special_tokens=False).input_ids
         written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if not answer == written == (self.answer(answer) or answer):
-            raise UserError(f"no completion can give the answer {answer!r}; {written!r} is written")
+        found = self.answer(answer) or answer
+        if not answer == written == found:
+            raise UserError(f"no completion can give the answer {answer!r}: {written!r}, {found!r}")
 
 
 # --- policies: score and sample
@@ -405,7 +407,7 @@ def recipe_loss(recipe: Recipe, student, sources: dict, weights: Tensor, top_k: 
 
     total = weights.new_zeros(())
     for term, weight in zip(recipe.terms, weights, strict=True):
-        for index in weight.nonzero()[:, 0].split(AT_ONCE):
+        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # the tokens of this term
             losses = checkpoint(divergence, term, index, use_reentrant=False)
             total = total + (weight[index] * losses).sum()
     return total
@@ -553,7 +555,10 @@ def read_rows(config, pictures=()) -> list[dict]:
     for number, row in enumerate(table, 1):
         wrong = [name for name in columns if not isinstance(row.get(name), str)]
         if wrong or row.get("image") and not pictures:
-            raise UserError(f"--data {path}, row {number}: no text in {wrong}, or has an image")
+            fault = (
+                f"no text (in quotes) in {wrong}" if wrong else "pictures: see tiny_tasks/vision.py"
+            )
+            raise UserError(f"--data {path}, row {number}: {fault}")
     return [{name: row.get(name) for name in (*columns, *pictures)} for row in table]
 
 
@@ -573,11 +578,18 @@ def encode(rows: list[dict], tokenizer, models: tuple, template: str, see=None) 
             shown, ids = render(text, tokenizer)
             if see:  # with a picture: tiny_tasks/vision.py
                 ids = see(row, reads, shown)
-            same, row[reads] = known.setdefault(tuple(ids), text), ids
-            lost = row["prompt"].strip() not in shown or hint.strip() not in shown
-            if lost or same != text or not 0 < len(ids) <= room or max(ids) >= model.vocabulary:
-                why = f"lacks its hint, or {len(ids)} tokens are over {room}, unknown, or also of"
-                raise UserError(f"{reads} prompt {shown[-60:]!r}: {why} {same[-60:]!r}")
+            twin = known.setdefault(tuple(ids), text)  # the first text with these ids
+            row[reads] = ids
+            faults = {
+                "a template loses the prompt": row["prompt"].strip() not in shown,
+                "a template loses the hint": hint.strip() not in shown,
+                f"{len(ids)} tokens, but --max_new_tokens leaves {room}": not 0 < len(ids) <= room,
+                "a model lacks one of its tokens": max(ids, default=0) >= model.vocabulary,
+                f"the tokenizer reads it like {twin[-60:]!r}": twin != text,
+            }
+            for fault, there in faults.items():
+                if there:
+                    raise UserError(f"prompt {row['prompt'][:60]!r}, {reads}: {fault}")
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
@@ -590,7 +602,9 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
             text = tokenizer.apply_chat_template(turns, **options)
     written = tokenizer(text, add_special_tokens=False).input_ids
     ids = written if tokenizer.chat_template else tokenizer(text).input_ids
-    return text, ids[:-1] if ids[-len(written) - 1 : -1] == written else ids
+    if ids[-len(written) - 1 : -1] == written:  # one id follows the text
+        ids = ids[:-1]
+    return text, ids
 
 
 def load_model(role, name, dtype, device, auto) -> tuple:
@@ -673,7 +687,7 @@ def check(config):
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
         recipe = RECIPES[name]
-        with blame(f"--recipe {name}: is a name of its table wrong, or missing in router_reads?"):
+        with blame(f"--recipe {name}: is this name unknown, or missing in router_reads?"):
             scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
             _, weights = assign(recipe, scores, torch.tensor([4, 5]))
             recipe_loss(recipe, logps["student"], logps, torch.ones_like(weights), config.top_k)
@@ -697,7 +711,7 @@ def split(rows: list[dict]) -> dict[str, list[dict]]:
 def prepare(config, saved, own_data) -> Ready:
     """Rows and policies. Without --teacher, tiny ones learn the task first."""
     task = own_data(config) if config.data else TASKS[config.task]
-    loading = getattr(task, "load", load)
+    loading = getattr(task, "load", load)  # a task may have its own functions: see vision.py
     if saved:
         return Ready(task, saved["splits"], *loading(config, task.max_new_tokens))
     if config.data:
@@ -739,7 +753,7 @@ def train(name, ready, log, saved, config):
         places = range(step * config.batch_size, (step + 1) * config.batch_size)
         rows = [order[place % len(order)] for place in places]
         cosine = math.cos(math.pi * step / config.steps)
-        optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)
+        optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)  # lr to lr / 10
         metrics = distill_step(recipe, policies, optimizer, rows, config)
         log.append({"recipe": name, "step": step + 1} | metrics)
         if 0 < recipe.anchor_decay < 1:
