@@ -720,6 +720,8 @@ def prepare(config, saved, own_data) -> Ready:
         rng = random.Random(0)
         rows = [task.problem(rng) for _ in range(12_000)]
     splits = split(rows)
+    with blame(f"--out {config.out}"):
+        Path(config.out).mkdir(parents=True, exist_ok=True)
     held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
     for role in () if config.teacher else ("teacher", "student"):
         warm_start(task, role, held_out, config)
@@ -837,10 +839,8 @@ def read_flags(argv) -> tuple[Config, dict]:
     config.recipe = config.recipe or [*RECIPES][:4]
     check(config)
     config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
-    with blame(f"--out {config.out}"):
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        if Path(config.out, "config.json").exists() and not saved:
-            raise ValueError("holds a run; choose another folder")
+    if Path(config.out, "config.json").exists() and not saved:
+        raise UserError(f"--out {config.out}: holds a run; choose another folder")
     return config, saved
 
 
