@@ -705,18 +705,21 @@ def test_a_script_that_only_tests(pair, monkeypatch):
 # --- data, models and flags of users
 def test_tokenizers_with_habits():
     """Catches an end that a tokenizer adds, and is left; an end that the row or the template wrote,
-    and is cut off; an unknown word that is taken for an end."""
-    eos = "<|endoftext|>"
+    and is cut off; a beginning that is lost, or written twice; an unknown word taken for an end."""
+    begin, eos = "<|im_start|>", "<|endoftext|>"
     plain, unknown, adds = bpe(None), bpe(None, unk_token=eos), bpe(None)
-    ends = bpe("{{ messages[0].content }}<|im_end|>")
-    adding = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 0)])
-    adds.backend_tokenizer.post_processor = adding
-    for words in (plain, unknown, adds, ends):
+    chat = bpe("{{ messages[0].content }}<|im_end|>")
+    adding = processors.TemplateProcessing(
+        single=f"{begin} $A {eos}", special_tokens=[(begin, 1), (eos, 0)]
+    )
+    for words in (adds, chat):
+        words.backend_tokenizer.post_processor = adding
+    for words in (plain, unknown, adds, chat):
         tokenizer, *both = load(save("model", tiny(height=300), words))
         for prompt in ("What is three", f"What is{eos}", f"What{eos}{eos}"):
             rows = [{"prompt": prompt, "hint": "four"}]
             dopd.encode(rows, tokenizer, both, "{prompt}\n{hint}")
-            text = f"{prompt}<|im_end|>" if words is ends else prompt
+            text = {adds: f"{begin}{prompt}", chat: f"{prompt}<|im_end|>"}.get(words, prompt)
             assert rows[0]["plain"] == plain(text).input_ids
 
 
@@ -736,8 +739,8 @@ def test_words_that_the_tokenizer_or_the_model_lacks():
 
 def test_texts_stand_in_the_rows_as_in_the_file():
     """Catches a loader that guesses types, takes brackets for a pattern, or moves columns."""
-    answers = ["007", "True", "NA", "2024-01-31", "1.50"]
-    rows = [{"prompt": "2024-01-31", "answer": text, "hint": "null"} for text in answers]
+    rows = [{"prompt": "2024-01-31", "answer": "007", "hint": "NA"}]
+    rows.append({"prompt": "2025-01-31", "answer": "1.50", "hint": "True"})
     table = pandas.DataFrame(rows)
     write_rows("data1.jsonl", rows[:1])
     write_rows("data[1].jsonl", rows)
@@ -774,7 +777,7 @@ FILES = {  # name: what is wrong with the last row
 LOOKED_AT = ["splits", "log", "step"]  # of a checkpoint, before the flags
 MODELS = {"cut": {}, "other": {}, "short": {"max_position_embeddings": 100}}
 BAD = {  # flags: words of the line
-    "--lr nan": "--lr",
+    "--lr nan": "--lr nan",
     "--recipe dop": "--recipe dop dopd_frozen",
     "--step 1": "--step",
     "--data sums.jsonl": "--data --teacher",
