@@ -553,7 +553,8 @@ def read_rows(config, pictures=()) -> list[dict]:
             table = datasets.load_dataset(config.data, split="train").to_list()
     columns = ("prompt", "answer", "hint")
     for number, row in enumerate(table, 1):
-        wrong = [name for name in columns if not isinstance(row.get(name), str)]
+        texts = {name: row.get(name) for name in columns if row.get(name) or name == "hint"}
+        wrong = [name for name in columns if not isinstance(texts.get(name), str)]
         if wrong or row.get("image") and not pictures:
             fault = (
                 f"no text (in quotes) in {wrong}" if wrong else "pictures: see tiny_tasks/vision.py"
@@ -846,7 +847,8 @@ def read_flags(argv) -> tuple[Config, dict]:
 
 def main(argv, own_data=OwnData):
     """`own_data`: the class that reads --data and grades its completions."""
-    sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end a run
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:

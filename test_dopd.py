@@ -769,6 +769,7 @@ def test_an_adapter_teaches_but_cannot_learn(pair):
 
 FILES = {  # name: what is wrong with the last row
     "null": {"answer": None},
+    "empty": {"prompt": ""},
     "list": {"hint": ["one", "two"]},
     "image": {"image": "cat.png"},
     "special": {"answer": "<|im_end|>"},
@@ -796,6 +797,7 @@ BAD = {  # flags: words of the line
     "PAIR --max_new_tokens 500": "What is 0 tokens",
     "PAIR --data few.jsonl": "few",
     "PAIR --data null.jsonl": "null.jsonl 49 answer",
+    "PAIR --data empty.jsonl": "empty.jsonl 49 prompt",
     "PAIR --data list.jsonl": "list.jsonl 49 hint",
     "PAIR --data image.jsonl": "image.jsonl image",
     "PAIR --data special.jsonl": "<|im_end|>",
