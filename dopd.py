@@ -555,11 +555,10 @@ def read_rows(config, pictures=()) -> list[dict]:
     for number, row in enumerate(table, 1):
         texts = {name: row.get(name) for name in columns if row.get(name) or name == "hint"}
         wrong = [name for name in columns if not isinstance(texts.get(name), str)]
-        if wrong or row.get("image") and not pictures:
-            fault = (
-                f"no text (in quotes) in {wrong}" if wrong else "pictures: see tiny_tasks/vision.py"
-            )
-            raise UserError(f"--data {path}, row {number}: {fault}")
+        if wrong:
+            raise UserError(f"--data {path}, row {number}: no text (in quotes) in {wrong}")
+        if row.get("image") and not pictures:
+            raise UserError(f"--data {path}: pictures are for tiny_tasks/vision.py")
     return [{name: row.get(name) for name in (*columns, *pictures)} for row in table]
 
 
@@ -724,12 +723,14 @@ def prepare(config, saved, own_data) -> Ready:
     with blame(f"--out {config.out}"):
         Path(config.out).mkdir(parents=True, exist_ok=True)
     held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-    for role in () if config.teacher else ("teacher", "student"):
-        warm_start(task, role, held_out, config)
+    if not config.teacher:
+        warm_start(task, "teacher", held_out, config)
+        warm_start(task, "student", held_out, config)
     tokenizer, teacher, student = loading(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, (teacher, student), task.hint_template)
-    for row in rows if config.data else ():
-        task.check(row, tokenizer)
+    if config.data:
+        for row in rows:
+            task.check(row, tokenizer)
     check_scores(teacher, rows)
     check_scores(student, rows)
     return Ready(task, splits, tokenizer, teacher, student)
@@ -797,7 +798,7 @@ def evaluate(policy, rows, ready, config) -> dict[str, float]:
 
 
 def run(config, saved, own_data=OwnData):
-    """Every recipe from the same student, then the report."""
+    """Every recipe from the same student, each tested at its end."""
     ready, log = prepare(config, saved, own_data), saved.get("log", [])
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
 

@@ -63,10 +63,6 @@ def colours_of(regimes) -> dict[str, str]:
     return {name: REGIMES[name][0] if name in REGIMES else next(spare) for name in regimes}
 
 
-def meaning(regime: str) -> str:
-    return REGIMES.get(regime, ("", regime))[1]
-
-
 def result_tables(tested: list[dict], recipes: list[str]) -> list[Table]:
     """Policies that are tested as they are, then the students."""
     grades = {row["tested"]: row["test"] for row in tested}
@@ -98,11 +94,15 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def judge(example: dict, config: dict, tokenizer) -> str:
-    """Is the completion right?"""
-    task = dopd.TASKS.get(config["task"])
+def task_of(config: dict):
+    """None for a task of another script."""
     if config["data"]:
-        task = dopd.OwnData(dopd.Config(**config))
+        return dopd.OwnData(dopd.Config(**config))
+    return dopd.TASKS.get(config["task"])
+
+
+def judge(example: dict, task, tokenizer) -> str:
+    """Is the completion right?"""
     if task is None:
         return "not graded: its script has the task"
     text = tokenizer.decode(example["ids"], skip_special_tokens=True)
@@ -138,7 +138,7 @@ def print_rollout(example: dict, verdict: str, tokenizer, colours: dict, console
 
 def print_tokens(steps: list[dict], config: dict, folder: Path) -> None:
     """The first and the last step of every recipe that routes its tokens."""
-    console = Console(record=True, width=90)
+    console, task = Console(record=True, width=90), task_of(config)
     for _, group in itertools.groupby(steps, key=lambda row: row["recipe"]):
         own = list(group)
         if len(own[0]["regime_share"]) < 2:
@@ -152,7 +152,7 @@ def print_tokens(steps: list[dict], config: dict, folder: Path) -> None:
                 title.append(f" {regime} ", f"black on {colour}")
             console.print(title)
             for example in row["rollouts"]:
-                verdict = judge(example, config, tokenizer)
+                verdict = judge(example, task, tokenizer)
                 print_rollout(example, verdict, tokenizer, colours, console)
     console.save_svg(f"{folder}/tokens.svg", title="every token in its regime")
 
@@ -199,7 +199,7 @@ def plot_router(steps: list[dict], file: Path) -> None:
         own = [row for row in steps if row["recipe"] == name]
         shares = pandas.DataFrame([row["regime_share"] for row in own])
         colours = colours_of(shares.columns).values()
-        labels = [meaning(regime) for regime in shares]
+        labels = [REGIMES[regime][1] for regime in shares]
         x = [row["step"] for row in own]
         row_of_axes[0].stackplot(x, shares.T.values, colors=colours, labels=labels)
         row_of_axes[0].set(title=f"{name}: where the tokens go", ylim=(0, 1), xlim=(x[0], x[-1]))
