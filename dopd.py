@@ -1,4 +1,4 @@
-"""DOPD, Dual On-policy Distillation (arXiv 2606.30626), in one file to be read from top to bottom.
+"""DOPD, Dual On-policy Distillation (arXiv 2606.30626), in one file.
 
 A student samples its own answers; a stronger teacher grades every token. In training both may read
 a hint that the student will not see later. For each token DOPD asks: if the student could read the
@@ -15,7 +15,6 @@ hidden size; a recipe has R terms. Divergences and gaps are in nats.
 import copy
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -28,9 +27,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-# Else the threads of tiny models spin while they wait for one another.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import datasets
 import numpy
 import pandas
@@ -39,7 +35,6 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -54,30 +49,29 @@ def flag(default, text: str, **more):
 @dataclass
 class Config:
     task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
-    recipe: list[str] = flag(None, "methods to compare; by default the four below", choices=RECIPES)
-    seed: int = flag(0, "of warm start, rollouts and order of the data")
+    recipe: list[str] = flag(None, "methods to compare; all four by default", choices=RECIPES)
+    seed: int = flag(0, "of all random draws")
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
     batch_size: int = flag(32, "prompts per optimizer step; paper: 128")
     rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
-    micro_batch: int = flag(10_000, "completions per forward pass; bounds the memory")
+    micro_batch: int = flag(10_000, "completions per forward pass")
     lr: float = flag(2e-4, "peak learning rate, cosine to a tenth; paper: 5e-6")
-    top_k: int = flag(4, "words in the top-K support, besides the tail; paper: 128")
-    teacher: str = flag("", "Hugging Face model, name or folder; empty: a tiny one")
-    student: str = flag("", "the same for the student; both share one tokenizer")
-    data: str = flag("", "JSON, JSONL, CSV, Parquet or Hub name, with prompt, answer and hint")
+    top_k: int = flag(4, "words of the top-K support; paper: 128")
+    teacher: str = flag("", "Hugging Face model, or a folder; empty: a tiny one")
+    student: str = flag("", "the same; both share one tokenizer")
+    data: str = flag("", "JSONL, JSON, CSV, Parquet or Hub name: prompt, answer, hint")
     hint_template: str = flag("{prompt}\n\nHint: {hint}", "what privileged policies read")
     answer_regex: str = flag("(?s).+", "its last match (or group) in a completion is the answer")
-    max_new_tokens: int = flag(512, "of the longest completion for --data")
+    max_new_tokens: int = flag(512, "of a completion, for --data")
     device: str = flag("cpu", "cpu, cuda, cuda:1, mps")
-    dtype: str = flag("float32", "of the computation", choices=("float32", "bfloat16"))
-    eval_every: int = flag(40, "steps between validations, each with a checkpoint")
+    dtype: str = flag("float32", "of matrix products", choices=("float32", "bfloat16"))
+    eval_every: int = flag(40, "steps between validations; each saves the student")
     test_prompts: int = flag(1200, "prompts of the final test")
     out: str = flag("", "folder of the run; empty: a new one in runs/")
-    resume: str = flag("", "go on with the run in this folder, with its flags")
 
 
 class UserError(Exception):
-    """A mistake of the user: `main` prints it in one line and exits with code 2."""
+    """A mistake of the user, printed in one line; exit code 2."""
 
 
 @contextmanager
@@ -89,7 +83,7 @@ def blame(what: str):
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-# --- tasks: rows of prompt, answer and hint; authors that write solutions; grades of completions
+# --- tasks: rows of prompt, answer and hint, and the authors of solutions
 class Author(NamedTuple):
     layers: int  # of the model
     hinted: float  # share of the solutions that are written with the hint
@@ -100,10 +94,9 @@ class Author(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """`7fbk=` -> `967314`: start at 7; the names f, b and k each add a digit, modulo 10. Write the
-    digit and the new value: 7+9=16, so 96; 6+7=13, so 73; 3+1=4, so 14. Ten stable names always
-    mean the same digit; three wild names another one in every problem, which only the hint `971`
-    tells. A solution that skips the steps is `=4`, the last value."""
+    """`7fbk=` -> `967314`: start at 7; the names f, b and k each add a digit, modulo 10; write the
+    digit and the new value. Ten stable names always mean the same digit; three wild names another
+    one in every problem, which only the hint `971` tells. Who skips the steps writes just `=4`."""
 
     teacher: Author
     student: Author
@@ -112,22 +105,22 @@ class Rules(NamedTuple):
     length: int = 3  # names in a prompt
     characters = "0123456789=|abcdefghijklm"
     stable = dict(a=3, b=7, c=1, d=8, e=5, f=9, g=2, h=6, i=4, j=0)
-    wild = dict(k=(1, 4, 6, 9), l=(8, 2, 5, 3), m=(0, 7, 3, 6))  # see the weights in `digit`
+    wild = dict(k=(1, 4, 6, 9), l=(8, 2, 5, 3), m=(0, 7, 3, 6))
 
-    def problem(self, rng: random.Random) -> dict:
+    def problem(self, rng) -> dict:
         start, names = rng.randrange(10), ""
         for _ in range(self.length):
             names += rng.choice("klm" if rng.random() < 0.2 else "abcdefghij")
         answer = self.work(start, [self.digit(name, 10, rng) for name in names])
         return {"prompt": f"{start}{names}=", "answer": answer, "hint": answer[::2]}  # the digits
 
-    def digit(self, name: str, knows: int, rng: random.Random) -> int:
+    def digit(self, name: str, knows: int, rng) -> int:
         """What a name stands for, or a guess."""
         if name in self.wild:
             return rng.choices(self.wild[name], weights=(4, 3, 2, 1))[0]
         return self.stable[name] if name in "abcdefghij"[:knows] else rng.randrange(10)
 
-    def work(self, value: int, digits: list[int], slips: float = 0.0, rng=random) -> str:
+    def work(self, value: int, digits: list[int], slips=0.0, rng=random) -> str:
         written = ""
         for digit in digits:
             slip = value + digit > 9 and rng.random() < slips
@@ -135,7 +128,7 @@ class Rules(NamedTuple):
             written += f"{digit}{value}"
         return written
 
-    def solution(self, row: dict, hinted: bool, author: Author, rng: random.Random) -> str:
+    def solution(self, row, hinted: bool, author: Author, rng) -> str:
         """What the author writes after the prompt."""
         digits = [int(digit) for digit in row["hint"]]
         if not hinted:
@@ -144,7 +137,7 @@ class Rules(NamedTuple):
         skips = author.skips_hinted if hinted else author.skips
         return f"={worked[-1]}" if rng.random() < skips else worked
 
-    def grade(self, row: dict, completion: str) -> dict[str, bool]:
+    def grade(self, row, completion: str) -> dict[str, bool]:
         """No exact match for a prompt with a wild name, where only a lucky guess is right."""
         grades = {"skips": completion.startswith("=")}
         if not {*row["prompt"]} & {*self.wild}:
@@ -167,25 +160,24 @@ class OwnData:  # rows of --data, for real models
 
     def answer(self, text: str) -> str:
         """The last match that is not empty, or its group; none if the search takes too long."""
-        found = [""]
+        found = ""
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                group = next(filter(None, match.groups()), match[0])
-                found.append(group.strip() or found[-1])
-        return found[-1]
+                found = next(filter(None, match.groups()), match[0]).strip() or found
+        return found
 
-    def grade(self, row: dict, completion: str) -> dict[str, bool]:
+    def grade(self, row, completion) -> dict[str, bool]:
         answer = row["answer"].strip()  # splitlines, since Windows ends lines differently
         return {"exact match": self.answer(completion).splitlines() == answer.splitlines()}
 
-    def check(self, row: dict, tokenizer) -> None:
+    def check(self, rows, tokenizer):
         """Refuses an answer that the tokenizer cannot write, or the pattern finds only in part."""
-        answer = row["answer"].strip()
-        ids = tokenizer(answer, add_special_tokens=False).input_ids
-        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        found = self.answer(answer) or answer
-        if not answer == written == found:
-            raise UserError(f"no completion can give the answer {answer!r}: {written!r}, {found!r}")
+        for answer in {row["answer"].strip() for row in rows}:
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+            written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            found = self.answer(written) or written
+            if found != answer:
+                raise UserError(f"no completion can give the answer {answer!r}, only {found!r}")
 
 
 # --- policies: score and sample
@@ -193,12 +185,12 @@ class Policy(NamedTuple):
     model: transformers.PreTrainedModel
     reads: str  # which token ids of a row: "plain", or "hinted" if it is privileged
 
-    def look(self, rows: list[dict], ids: Tensor) -> dict:
+    def look(self, rows, ids: Tensor) -> dict:
         """What the model gets beside ids (B, L): pictures, see tiny_tasks/vision.py."""
         return self.model.see(rows, self.reads, ids) if hasattr(self.model, "see") else {}
 
 
-# The four policies: (model, what it reads). The anchor is the student itself, or an older copy.
+# (model, what it reads). The anchor is the student itself, or an older copy.
 POLICIES = {
     "student": ("student", "plain"),
     "privileged_student": ("anchor", "hinted"),
@@ -207,15 +199,16 @@ POLICIES = {
 }
 
 
+@dataclass
 class LogProbs:
-    """Log-probs of N tokens, computed when asked for: [index] -> (n, V). It keeps (N, H): (N, V)
-    would be 70 times larger for Qwen3."""
+    """Log-probs of N tokens, computed when asked for: [index] -> (n, V). Only (N, H) is kept."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
 
     def __getitem__(self, index) -> Tensor:
-        logits = functional.linear(self.hidden[index], self.weight, self.bias)
+        logits = torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
         return logits.float().log_softmax(-1)  # (n, V)
 
     def part(self, start: int, end: int) -> "LogProbs":
@@ -241,9 +234,8 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=1
     return LogProbs(torch.cat(hidden), head.weight[: model.vocabulary], bias)
 
 
-def sample(policy: Policy, rows: list[dict], **options):
-    """What `generate` returns for a batch, and where in it the completions begin. Only here is
-    padding on the left, and masked."""
+def sample(policy: Policy, rows, **options):
+    """The output of `generate`, and where completions begin. Only here padding is on the left."""
     texts, device = [torch.tensor(row[policy.reads]) for row in rows], policy.model.device
     ids = pad_sequence(texts, True, padding_value=-1, padding_side="left").to(device)  # (B, L)
     options["attention_mask"], ids = (ids >= 0).long(), ids.clamp(min=0)
@@ -252,8 +244,7 @@ def sample(policy: Policy, rows: list[dict], **options):
 
 @torch.no_grad()
 def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
-    """One completion per row, up to and including its end token, from the policy's own
-    distribution: `set_sampling` chose temperature 1, no top-k and no top-p."""
+    """One completion per row, up to and including its end token. For the temperature see `load`."""
     ends, completions = policy.model.generation_config.eos_token_id, []
     for i in range(0, len(rows), size):
         sampled, begin = sample(policy, rows[i : i + size])
@@ -267,11 +258,6 @@ def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
 def reverse_kl(student: Tensor, source: Tensor) -> Tensor:
     """KL(student || source), log-probs (..., V) -> (...): avoid what the source finds unlikely."""
     return (student.exp() * (student - source).masked_fill(student == -math.inf, 0)).sum(-1)
-
-
-def forward_kl(student: Tensor, source: Tensor) -> Tensor:
-    """KL(source || student), log-probs (..., V) -> (...): cover what the source finds likely."""
-    return reverse_kl(source, student)
 
 
 def js_divergence(student: Tensor, source: Tensor) -> Tensor:
@@ -291,7 +277,7 @@ def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Te
     return tuple(both)
 
 
-DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js_divergence}
+DIVERGENCES = {"reverse_kl": reverse_kl, "js": js_divergence}
 SUPPORTS = {"full": lambda student, source, k: (student, source), "top_k": top_k_with_tail}
 
 
@@ -347,7 +333,7 @@ class Recipe(NamedTuple):
     anchor_decay: float = 0.0  # of the privileged student: 0 live, 1 frozen, between: an average
 
 
-def dopd(beta_light: float = 0.6, beta_weak: float = 0.3, anchor_decay: float = 0.0) -> Recipe:
+def dopd(beta_light=0.6, beta_weak=0.3, anchor_decay=0.0) -> Recipe:
     """The paper's method, with its weights."""
     # fmt: off
     terms = [
@@ -366,7 +352,7 @@ RECIPES["dopd"] = dopd()  # as published
 RECIPES["dopd_frozen"] = dopd(anchor_decay=1.0)
 
 # --- the loss
-AT_ONCE = 512  # tokens whose log-probs (n, V) exist at the same time, however large N is
+AT_ONCE = 512  # tokens whose log-probs (n, V) exist at the same time
 
 
 @torch.no_grad()
@@ -413,19 +399,6 @@ def recipe_loss(recipe: Recipe, student, sources: dict, weights: Tensor, top_k: 
     return total
 
 
-def dopd_loss(student, privileged_teacher, privileged_student, tokens, mask, top_k, **betas):
-    """DOPD in one call, for other trainers: log-probs (B, T, V), tokens and mask (B, T) -> nats."""
-    logps = {"privileged_teacher": privileged_teacher[mask], "student": student[mask]}  # (N, V)
-    logps["privileged_student"] = privileged_student[mask]
-    for name, logp in logps.items():
-        if not (logp.detach().float().logsumexp(-1).abs() < 0.05).all():
-            raise ValueError(f"{name}: no log-probs; take log_softmax of the logits first")
-    recipe, lengths = dopd(**betas), mask.sum(1)
-    scores = {name: token_scores(logps[name], tokens[mask]) for name in recipe.router_reads}
-    _, weights = assign(recipe, scores, lengths[lengths > 0])
-    return recipe_loss(recipe, logps["student"], logps, weights, top_k)
-
-
 # --- one training step
 def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], config) -> dict:
     """One optimizer step, in the paper's order: sample, score, route, learn."""
@@ -461,10 +434,8 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     optimizer.zero_grad()
     names = {int(term.regime): term.regime.name for term in recipe.terms}
     shares = {name: (regimes == regime).float().mean().item() for regime, name in names.items()}
-    metrics |= {"tokens": len(tokens), "regime_share": shares, "rollouts": []}
-    for i in range(0, len(rows), config.rollouts)[:4]:
-        metrics["rollouts"].append(example(i, names, rows, completions, regimes, scores))
-    return metrics
+    shown = examples(names, rows, completions, regimes, scores, config.rollouts)
+    return metrics | {"tokens": len(tokens), "regime_share": shares, "rollouts": shown}
 
 
 def clip_gradient(model) -> float:
@@ -475,14 +446,16 @@ def clip_gradient(model) -> float:
     return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
 
 
-def example(i, names, rows, completions, regimes, scores) -> dict:
-    """For the figures: a completion, the regimes of its tokens, and their probabilities."""
-    start = sum(len(ids) for ids in completions[:i])
-    own, shown = slice(start, start + len(completions[i])), {"ids": completions[i]}
-    shown |= {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
-    shown["regimes"] = [names.get(regime, "-") for regime in regimes[own].tolist()]
-    for name, (logp, _) in scores.items():
-        shown[name] = logp[own].double().exp().cpu().numpy().round(4).tolist()
+def examples(names, rows, completions, regimes, scores, every) -> list[dict]:
+    """For the figures: four completions, the regimes of their tokens, and their probabilities."""
+    shown, lengths = [], [len(ids) for ids in completions]
+    for i in range(0, len(rows), every)[:4]:
+        kinds = regimes.split(lengths)[i].tolist()
+        example = {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
+        example |= {"ids": completions[i], "regimes": [names.get(kind, "-") for kind in kinds]}
+        for name, (logp, _) in scores.items():
+            example[name] = logp.double().exp().round(decimals=4).split(lengths)[i].tolist()
+        shown.append(example)
     return shown
 
 
@@ -519,18 +492,18 @@ def warm_start(task, role, held_out, config, steps=200):
                 rows.append(row | {"is_hinted": hinted})
                 texts.append(task.hint_template.format(**row) if hinted else row["prompt"])
                 solutions.append(task.solution(row, hinted, author, rng) + "<eos>")
-        with blame("the task: are all its characters in `characters`?"):
-            prompts, completions = tokenizer(texts).input_ids, tokenizer(solutions).input_ids
+        prompts, completions = tokenizer(texts).input_ids, tokenizer(solutions).input_ids
         rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
         tokens = torch.cat([torch.tensor(ids) for ids in completions])
-        functional.nll_loss(logp, tokens).backward()
+        torch.nn.functional.nll_loss(logp, tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(f"{config.out}/{role}")
-    tokenizer.save_pretrained(f"{config.out}/{role}")
+    with blame(f"--out {config.out}"):
+        model.save_pretrained(f"{config.out}/{role}")
+        tokenizer.save_pretrained(f"{config.out}/{role}")
 
 
 # --- rows and models
@@ -551,20 +524,19 @@ def read_rows(config, pictures=()) -> list[dict]:
             table = READERS[path.suffix](path).to_dict("records")
         else:
             table = datasets.load_dataset(config.data, split="train").to_list()
-    columns = ("prompt", "answer", "hint")
     for number, row in enumerate(table, 1):
-        texts = {name: row.get(name) for name in columns if row.get(name) or name == "hint"}
-        wrong = [name for name in columns if not isinstance(texts.get(name), str)]
-        if wrong:
-            raise UserError(f"--data {path}, row {number}: no text (in quotes) in {wrong}")
+        for name in ("prompt", "answer", "hint"):
+            text = row.get(name)
+            if not isinstance(text, str) or not text and name != "hint":
+                raise UserError(f"--data {path}, row {number}: {name} is no text (in quotes)")
         if row.get("image") and not pictures:
             raise UserError(f"--data {path}: pictures are for tiny_tasks/vision.py")
-    return [{name: row.get(name) for name in (*columns, *pictures)} for row in table]
+    columns = ("prompt", "answer", "hint", *pictures)
+    return [{name: row.get(name) for name in columns} for row in table]
 
 
-def encode(rows: list[dict], tokenizer, models: tuple, template: str, see=None) -> None:
-    """Adds the ids that the policies read: "plain", the prompt, and "hinted", with the hint. Prints
-    both for the first row, since they may differ by more than the hint."""
+def encode(rows, tokenizer, models, template, see=None):
+    """Adds the ids that policies read, "plain" and "hinted", and prints those of the first row."""
     room = math.inf
     for model in models:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -578,7 +550,7 @@ def encode(rows: list[dict], tokenizer, models: tuple, template: str, see=None) 
             shown, ids = render(text, tokenizer)
             if see:  # with a picture: tiny_tasks/vision.py
                 ids = see(row, reads, shown)
-            twin = known.setdefault(tuple(ids), text)  # the first text with these ids
+            twin = known.setdefault(tuple(ids), text)
             row[reads] = ids
             faults = {
                 "a template loses the prompt": row["prompt"].strip() not in shown,
@@ -607,68 +579,70 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
     return text, ids
 
 
-def load_model(role, name, dtype, device, auto) -> tuple:
-    with blame(f"--{role} {name}, --device {device}"):
+def load_model(role, config, dtype, auto) -> tuple:
+    name = getattr(config, role) or f"{config.out}/{role}"
+    with blame(f"--{role} {name}, --device {config.device}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"no weights for {min(loading['missing_keys'])}")
         if role == "student" and not any(weight.requires_grad for weight in model.parameters()):
             raise ValueError("nothing in it can learn; merge the adapter first")
-        return tokenizer, model.to(device).eval()
+        return tokenizer, model.to(config.device).eval()
 
 
 def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tuple:
-    """Tokenizer, teacher and student. The weights of the student are always float32."""
-    names = [config.teacher or f"{config.out}/teacher", config.student or f"{config.out}/student"]
-    other, teacher = load_model("teacher", names[0], config.dtype, config.device, auto)
-    tokenizer, student = load_model("student", names[1], "float32", config.device, auto)
-    set_sampling((other, tokenizer), (teacher, student), max_new_tokens)
-    return tokenizer, teacher.requires_grad_(False), student
-
-
-def set_sampling(two_tokenizers, models, max_new_tokens):
-    """One vocabulary for both models; they sample from their own distribution, nothing else."""
-    words, others = [tokenizer.get_vocab() for tokenizer in two_tokenizers]
+    """Tokenizer, teacher and student, with one vocabulary, which sample from their own distribution
+    and nothing else. The weights of the student are always float32."""
+    other, teacher = load_model("teacher", config, config.dtype, auto)
+    tokenizer, student = load_model("student", config, "float32", auto)
+    words, others = tokenizer.get_vocab(), other.get_vocab()
     if words != others:
         word, _ = min(words.items() ^ others.items(), key=lambda item: item[1])
         raise UserError(f"--teacher, --student: their tokenizers differ, first in {word!r}")
-    ends = {tokenizer.eos_token_id for tokenizer in two_tokenizers}
-    for model in models:
+    ends = {other.eos_token_id, tokenizer.eos_token_id}
+    for model in (teacher, student):
         ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
+    if tokenizer.chat_template:  # some models end an answer only as the template does
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
+        with blame("the student's chat template"):
+            _, _, text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        special = [token for token in ids if not tokenizer.decode(token, skip_special_tokens=True)]
+        ends |= {*special[:1]}
     if ends == {None}:
         raise UserError("--teacher, --student: neither has an end token")
-    heights = [model.get_input_embeddings().num_embeddings for model in models]
-    own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     own |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
-    for model, height in zip(models, heights, strict=True):
+    heights = [model.get_input_embeddings().num_embeddings for model in (teacher, student)]
+    for model, height in zip((teacher, student), heights, strict=True):
         # A table may have rows beyond the words: they are neither scored nor sampled.
         model.vocabulary = min(max(words.values()) + 1, *heights)
         own["suppress_tokens"] = [*range(model.vocabulary, height)] or None
-        model.generation_config = transformers.GenerationConfig(pad_token_id=0, **own)
+        model.generation_config = transformers.GenerationConfig(**own)
+    return tokenizer, teacher.requires_grad_(False), student
 
 
 @torch.no_grad()
 def check_scores(model, rows):
-    """Refuses a model that does not sample from the scores that `score` gives, or whose scores
-    change with the batch. Tried on the shortest and the longest prompt."""
+    """Refuses a model that does not sample from what `score` gives, alone and in a batch. Tried on
+    the shortest and the longest prompt."""
     steps = min(4, model.generation_config.max_new_tokens)
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "return_dict_in_generate": True}
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "output_logits": True}
+    half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
     for reads in ("plain", "hinted"):
         policy, ranked = Policy(model, reads), sorted(rows, key=lambda row: len(row[reads]))
         pair = [ranked[0], ranked[-1]]
-        with blame(f"{model.name_or_path}: cannot be sampled from"):
-            sampled, begin = sample(policy, pair, output_logits=True, **options)
+        sampled, begin = sample(policy, pair, return_dict_in_generate=True, **options)
         completions = sampled.sequences[:, begin:].tolist()
         logits = torch.stack(sampled.logits, 1)[..., : model.vocabulary].flatten(0, 1)  # (2 T, V)
         expected = logits.float().log_softmax(-1)
         for size in (1, 2):  # alone and together
             change = (score(policy, pair, completions, size)[:] - expected).abs()
             error = (expected.exp() * change).sum(-1).mean().item()
-            half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
-            if not error < (0.3 if half else 1e-3):  # logits in bfloat16 are coarse
-                name = f"{model.name_or_path}: not supported"
-                raise UserError(f"{name}: padding or dropout moves its scores by {error:.2g} nats")
+            if not error < (0.3 if half else 1e-3):  # nats; bfloat16 is coarse
+                fault = f"padding or dropout moves its scores by {error:.2g} nats"
+                raise UserError(f"{model.name_or_path}: not supported, {fault}")
 
 
 # --- the experiment
@@ -687,7 +661,7 @@ def check(config):
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
         recipe = RECIPES[name]
-        with blame(f"--recipe {name}: is this name unknown, or missing in router_reads?"):
+        with blame(f"--recipe {name}: unknown, or not in router_reads"):
             scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
             _, weights = assign(recipe, scores, torch.tensor([4, 5]))
             recipe_loss(recipe, logps["student"], logps, torch.ones_like(weights), config.top_k)
@@ -695,7 +669,7 @@ def check(config):
                 raise ValueError("no router brings tokens to its regimes")
 
 
-def split(rows: list[dict]) -> dict[str, list[dict]]:
+def split(rows) -> dict[str, list]:
     """By the prompt: none is both trained on and tested."""
     splits = {"train": [], "validation": [], "test": []}
     for row in rows:
@@ -703,87 +677,70 @@ def split(rows: list[dict]) -> dict[str, list[dict]]:
         splits["train" if draw < 0.7 else "validation" if draw < 0.85 else "test"].append(row)
     sizes = {name: len(part) for name, part in splits.items()}
     if not all(sizes.values()):
-        raise UserError(f"too few rows to be split into 70, 15 and 15%: {sizes}")
+        raise UserError(f"too few rows to split: {sizes}")
     print("rows:", sizes)
     return splits
 
 
-def prepare(config, saved, own_data) -> Ready:
+def prepare(config, own_data) -> Ready:
     """Rows and policies. Without --teacher, tiny ones learn the task first."""
-    task = own_data(config) if config.data else TASKS[config.task]
-    loading = getattr(task, "load", load)  # a task may have its own functions: see vision.py
-    if saved:
-        return Ready(task, saved["splits"], *loading(config, task.max_new_tokens))
     if config.data:
+        task = own_data(config)
         rows = getattr(task, "read_rows", read_rows)(config)
     else:
-        rng = random.Random(0)
+        torch.set_num_threads(1)  # of a tiny model, more would wait for one another
+        task, rng = TASKS[config.task], random.Random(0)
         rows = [task.problem(rng) for _ in range(12_000)]
     splits = split(rows)
-    with blame(f"--out {config.out}"):
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
     if not config.teacher:
+        held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
         warm_start(task, "teacher", held_out, config)
         warm_start(task, "student", held_out, config)
-    tokenizer, teacher, student = loading(config, task.max_new_tokens)
-    getattr(task, "encode", encode)(rows, tokenizer, (teacher, student), task.hint_template)
+    # A task may bring its own: see vision.py.
+    tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
+    getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
+    for model in models:
+        check_scores(model, rows)
     if config.data:
-        for row in rows:
-            task.check(row, tokenizer)
-    check_scores(teacher, rows)
-    check_scores(student, rows)
-    return Ready(task, splits, tokenizer, teacher, student)
+        task.check(rows, tokenizer)
+    return Ready(task, splits, tokenizer, *models)
 
 
-def train(name, ready, log, saved, config):
-    """Trains a copy of the student with one recipe. `saved`: the last checkpoint, if any."""
+def train(name, ready, log, config):
+    """Trains a copy of the student with one recipe."""
     recipe, student = RECIPES[name], copy.deepcopy(ready.student)
     models = {"student": student, "anchor": student, "teacher": ready.teacher}
     if recipe.anchor_decay:
         models["anchor"] = copy.deepcopy(student).requires_grad_(False)
     policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
-    parts, begin = {"optimizer": optimizer, "student": student, "anchor": models["anchor"]}, 0
-    if saved.get("recipe") == name:
-        begin = saved["step"]
-        for key, part in parts.items():
-            with blame(f"--resume {config.out}: its checkpoint is of other models"):
-                part.load_state_dict(saved[key])
     order = random.Random(config.seed).sample(ready.splits["train"], len(ready.splits["train"]))
 
-    for step in tqdm(range(begin, config.steps), name, config.steps, initial=begin, unit="step"):
-        torch.manual_seed(config.seed * 10**6 + step)  # seed and step decide every random draw
+    for step in tqdm(range(config.steps), name, unit="step"):
+        torch.manual_seed(config.seed * 10**6 + step)  # seed and step decide every draw
         places = range(step * config.batch_size, (step + 1) * config.batch_size)
         rows = [order[place % len(order)] for place in places]
         cosine = math.cos(math.pi * step / config.steps)
         optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)  # lr to lr / 10
-        metrics = distill_step(recipe, policies, optimizer, rows, config)
-        log.append({"recipe": name, "step": step + 1} | metrics)
+        line = {"recipe": name, "step": step + 1}
+        line |= distill_step(recipe, policies, optimizer, rows, config)
         if 0 < recipe.anchor_decay < 1:
             averages = models["anchor"].parameters()
             for average, weight in zip(averages, student.parameters(), strict=True):
                 average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             validation = ready.splits["validation"][:256]
-            log[-1]["validation"] = evaluate(policies["student"], validation, ready, config)
-            state = {key: part.state_dict() for key, part in parts.items()}
-            state |= {"recipe": name, "step": step + 1, "log": log, "splits": ready.splits}
+            line["validation"] = evaluate(policies["student"], validation, ready, config)
             with blame(f"--out {config.out}"):
-                torch.save(state, f"{config.out}/saving.pt")  # never half a checkpoint
-                Path(config.out, "saving.pt").replace(f"{config.out}/checkpoint.pt")
-                write_log(log, config)
+                student.save_pretrained(f"{config.out}/{name}")
+                ready.tokenizer.save_pretrained(f"{config.out}/{name}")
+        print(json.dumps(line), file=log)
     return student
-
-
-def write_log(log, config):
-    lines = [json.dumps(row) + "\n" for row in log]
-    Path(config.out, "metrics.jsonl").write_text("".join(lines))
 
 
 @torch.no_grad()
 def evaluate(policy, rows, ready, config) -> dict[str, float]:
-    """Mean grades of one sampled completion per row, and the mean entropy of its tokens in nats."""
+    """Mean grades of a sampled completion per row, and mean entropy of its tokens (nats)."""
     torch.manual_seed(config.seed)
     completions, grades = rollout(policy, rows, config.micro_batch), []
     for row, ids in zip(rows, completions, strict=True):
@@ -797,68 +754,46 @@ def evaluate(policy, rows, ready, config) -> dict[str, float]:
     return means | {"entropy": scores.entropy.mean().item()}
 
 
-def run(config, saved, own_data=OwnData):
-    """Every recipe from the same student, each tested at its end."""
-    ready, log = prepare(config, saved, own_data), saved.get("log", [])
+def run(config, own_data=OwnData) -> Ready:
+    """Every recipe from the same student. A line of metrics.jsonl is a step, or a final test."""
+    if Path(config.out, "config.json").exists():
+        raise UserError(f"--out {config.out}: holds a run; choose another folder")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    ready = prepare(config, own_data)
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
-
-    def test(name, model):
-        rows = ready.splits["test"][: config.test_prompts]
-        for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
-            grades = evaluate(Policy(model, reads), rows, ready, config)
-            log.append({"tested": label, "test": grades})
-            print(f"{label:32}", {grade: round(value, 2) for grade, value in grades.items()})
-
-    # bfloat16 is for the matrix products only. No cache: it would serve the weights of before.
-    half = config.dtype == "bfloat16"
-    with torch.autocast(ready.teacher.device.type, torch.bfloat16, half, cache_enabled=False):
-        if not log:
-            test("student before", ready.student)
-            test("teacher", ready.teacher)
-        for name in dict.fromkeys(config.recipe):
-            if config.steps and not any(row.get("tested") == name for row in log):
-                student = train(name, ready, log, saved, config)
-                test(name, student)
-                student.save_pretrained(f"{config.out}/{name}")
-                ready.tokenizer.save_pretrained(f"{config.out}/{name}")
-    write_log(log, config)
+    models = {"student before": ready.student, "teacher": ready.teacher}
+    recipes = dict.fromkeys(config.recipe) if config.steps else ()
+    half = config.dtype == "bfloat16"  # matrix products; a cache would serve old weights
+    autocast = torch.autocast(ready.student.device.type, torch.bfloat16, half, cache_enabled=False)
+    with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:
+        for name in (*models, *recipes):
+            model = models.get(name) or train(name, ready, log, config)
+            for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
+                rows = ready.splits["test"][: config.test_prompts]
+                grades = evaluate(Policy(model, reads), rows, ready, config)
+                print(json.dumps({"tested": label, "test": grades}), file=log)
+                print(f"{label:32}", {grade: round(value, 2) for grade, value in grades.items()})
+    return ready
 
 
 # --- the command line
-def read_flags(argv) -> tuple[Config, dict]:
-    """The flags, and with --resume the checkpoint to go on from."""
-    usage = "python dopd.py [--flag value ...]"
-    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
-    config, saved = Config(**vars(parser.parse_args(argv))), {}
-    if config.resume:
-        with blame(f"--resume {config.resume}, without other flags: no run to go on with"):
-            _, folder = argv
-            saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
-            flags = json.loads(Path(folder, "config.json").read_text())
-            config = Config(**flags | {"out": folder})
-            if not {"splits", "log", "step"} <= saved.keys():
-                raise ValueError("its checkpoint is not ours")
-    config.recipe = config.recipe or [*RECIPES][:4]
-    check(config)
-    config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
-    if Path(config.out, "config.json").exists() and not saved:
-        raise UserError(f"--out {config.out}: holds a run; choose another folder")
-    return config, saved
-
-
 def main(argv, own_data=OwnData):
     """`own_data`: the class that reads --data and grades its completions."""
-    if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show must not end a run
+    if hasattr(sys.stdout, "reconfigure"):  # an odd terminal must not end a run
         sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    usage = "python dopd.py [--flag value ...]"
+    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    config = Config(**vars(parser.parse_args(argv)))
+    config.recipe = config.recipe or [*RECIPES][:4]
+    config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
     try:
-        config, saved = read_flags(argv)
-        run(config, saved, own_data)
-    except UserError as error:
+        check(config)
+        run(config, own_data)
+    except (UserError, OSError) as error:
         print(f"dopd.py: {' '.join(str(error).split())[:400]}", file=sys.stderr)
         sys.exit(2)
-    print(f"all of it is in {config.out}; python tiny_tasks/report.py {config.out} draws it")
+    print(f"see {config.out}; python tiny_tasks/report.py {config.out} draws it")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import math
 import os
 import random
 import re
-import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import dopd
 from dopd import Config, Policy, Recipe, Regime, Scores, UserError
+from tiny_tasks.dopd_loss import dopd_loss
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +60,6 @@ def naive_divergence(objective, student, source, k):
         student, source = student[ranked], source[ranked]
         student = torch.cat([student[:k], student[k:].sum(0, keepdim=True)])
         source = torch.cat([source[:k], source[k:].sum(0, keepdim=True)])
-    if objective == "forward_kl":
-        return naive_kl(source, student)
     if objective == "reverse_kl":
         return naive_kl(student, source)
     mixture = (student + source) / 2
@@ -112,7 +109,7 @@ def divergence(objective, student, source, k):
     return dopd.DIVERGENCES[objective](*pair)
 
 
-ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}  # of TRL
+ALPHA = {"reverse_kl": 1.0, "js": 0.5}  # of TRL
 
 
 @pytest.mark.parametrize("objective", ALPHA)
@@ -378,13 +375,13 @@ def test_dopd_loss(pair):
     padded = [pad_sequence(logps[name], True, padding_value=math.nan) for name in names]
     table = TABLE | {"LL": ("privileged_student", "reverse_kl", 3, 0.1)}
     losses = [naive_loss(table, logps, completions)[0]]
-    losses.append(dopd.dopd_loss(*padded, tokens, tokens >= 0, top_k=3, beta_weak=0.1))
+    losses.append(dopd_loss(*padded, tokens, tokens >= 0, top_k=3, beta_weak=0.1))
     weights = [*policies["student"].model.parameters()]
     gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
     assert_close(*losses)
     assert_close(*gradients)
     with pytest.raises(ValueError, match="privileged_student"):
-        dopd.dopd_loss(*padded[:2], 3 * padded[2], tokens, tokens >= 0, top_k=3)
+        dopd_loss(*padded[:2], 3 * padded[2], tokens, tokens >= 0, top_k=3)
 
 
 FAMILIES = {name: {} for name in ("Qwen3", "GPT2", "Llama", "Bloom", "Mamba")}
@@ -451,7 +448,14 @@ FAULTY = {  # fault: a model that has it
     "padded samples": ("MiniMax", LIGHTNING),
     "longest row": ("Phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 12}),
     "dropout": ("GPT2", {}),
+    "batches": ("Qwen3", {}),
 }
+
+
+def mix_the_rows(model, given, options, output):
+    """As experts with a limited capacity do."""
+    if not options["use_cache"] and len(given[0]) > 1:
+        output.last_hidden_state = output.last_hidden_state.flip(0)
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -460,6 +464,8 @@ def test_a_model_that_samples_from_other_scores_is_refused(fault):
     family, more = FAULTY[fault]
     _, _, model = load(save("model", tiny(family, **more)))
     model.train(fault == "dropout")
+    if fault == "batches":
+        model.base_model.register_forward_hook(mix_the_rows, with_kwargs=True)
     rows = [{"plain": ids, "hinted": ids} for ids in ([3, 9], [*range(3, 17)], [7, 5])]
     with pytest.raises(UserError, match="scores"):
         dopd.check_scores(model, rows)
@@ -642,63 +648,33 @@ def test_a_real_looking_pair(pair, monkeypatch, capsys):
     assert saved.config.vocab_size == 352 and saved.dtype == torch.float32  # its own shape
 
 
-KILLED = """
-import os, sys, torch, dopd, {tests} as tests
-tests.stop_saving(lambda: os.kill(os.getpid(), 9))
-dopd.main(sys.argv[1:])
-"""
+def test_a_full_disk_ends_a_run_that_keeps_what_it_has(pair, monkeypatch, capsys):
+    """Catches steps and students that are written only at the end of a run."""
+    saved, save_pretrained = [], transformers.PreTrainedModel.save_pretrained
+
+    def fill_the_disk(model, folder, **options):
+        saved.append(folder)
+        if len(saved) == 2:
+            raise OSError("No space left on device")
+        save_pretrained(model, folder, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fill_the_disk)
+    line = refused([*on(pair).split(), "--recipe", "opd", "--lr", "1e-2", "--out", "full"], capsys)
+    assert "--out full" in line and "No space" in line and saved == ["full/opd"] * 2
+    log = [json.loads(line) for line in Path("full/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "step" in row] == [1, 2, 3]
+    assert log[5]["validation"]["exact match"] == 0
+    kept, first = load(pair / "teacher", "full/opd")[2], load(pair / "teacher", pair / "student")[2]
+    assert not torch.equal(kept.lm_head.weight, first.lm_head.weight)
 
 
-def stop_saving(stop):
-    """Calls `stop` while the last checkpoint of the recipe `slow` is written."""
-    real = torch.save
-
-    def save(state, path):
-        if (state["recipe"], state["step"]) == ("slow", 4):
-            Path(path).write_text("half of it")
-            stop()
-        real(state, path)
-
-    torch.save, dopd.RECIPES["slow"] = save, dopd.dopd(anchor_decay=0.75)
-
-
-def full_disk():
-    raise OSError("No space left on device")
-
-
-def test_a_run_that_was_stopped_goes_on_with_resume(pair, monkeypatch, capsys):
-    """By a full disk; by kill -9, on an odd terminal. Catches a checkpoint written in place, or
-    with columns that cannot be loaded; an anchor, an optimizer, a seed or data that are not
-    restored; a print that ends a run."""
-    monkeypatch.setitem(dopd.RECIPES, "slow", dopd.dopd(anchor_decay=0.75))
-    table = pandas.DataFrame(SUMS).assign(day=pandas.Timestamp("2026-01-31"))
-    table["hint"] += "你好"
-    table.to_parquet("sums.parquet")
-    flags = on(pair).replace("jsonl", "parquet") + " --lr 1e-2 --recipe opd slow --out"
-    dopd.main([*flags.split(), "whole"])
-    with monkeypatch.context() as fault:
-        fault.setattr(torch, "save", torch.save)
-        stop_saving(full_disk)
-        assert "No space" in refused([*flags.split(), "full"], capsys)
-    killed = python("-c", KILLED.format(tests=Path(__file__).stem), *flags.split(), "killed")
-    assert killed.returncode == -9, killed.stderr[-3000:]
-    Path("sums.parquet").unlink()
-    shutil.copytree("killed", "moved")
-    config = Path("moved/config.json")
-    config.write_text(config.read_text().replace("/student", "/teacher"))
-    assert "moved" in refused(["--resume", "moved"], capsys)  # a student of another size
-    monkeypatch.chdir("whole")  # from another working folder
-    for folder in ("../full", "../killed"):
-        assert not Path(folder, "slow").exists()
-        dopd.main(["--resume", folder])
-        for file in ("metrics.jsonl", "opd/model.safetensors", "slow/model.safetensors"):
-            assert Path(folder, file).read_bytes() == Path(file).read_bytes()
-
-
-def test_a_script_that_only_tests(pair, monkeypatch):
-    """Catches a name that exists only after an import, and an end that needs a training."""
-    monkeypatch.setattr(sys, "argv", ["dopd.py", *on(pair).split(), "--steps", "0", "--out", "run"])
-    runpy.run_path(dopd.__file__, run_name="__main__")
+def test_a_script_that_only_tests_on_an_odd_terminal(pair):
+    """Catches a name that exists only after an import, an end that needs a training, and a print
+    that ends a run."""
+    flags = on(pair).replace("sums", "chinese")
+    write_rows("chinese.jsonl", [row | {"hint": row["hint"] + "你好"} for row in SUMS])
+    ended = python(dopd.__file__, *flags.split(), "--steps", "0", "--out", "run")
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -721,6 +697,14 @@ def test_tokenizers_with_habits():
             dopd.encode(rows, tokenizer, both, "{prompt}\n{hint}")
             text = {adds: f"{begin}{prompt}", chat: f"{prompt}<|im_end|>"}.get(words, prompt)
             assert rows[0]["plain"] == plain(text).input_ids
+
+
+def test_a_completion_ends_where_the_template_ends_a_turn():
+    """Catches a student that goes on after its answer: no tokenizer and no checkpoint has 2."""
+    odd = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    for name, words, ends in (("a", bpe(), [0, 2]), ("b", bpe(None), [0]), ("c", bpe(odd), [0])):
+        _, *both = load(save(name, tiny(height=300), words))
+        assert [model.generation_config.eos_token_id for model in both] == [ends] * 2
 
 
 def test_words_that_the_tokenizer_or_the_model_lacks():
@@ -775,19 +759,15 @@ FILES = {  # name: what is wrong with the last row
     "special": {"answer": "<|im_end|>"},
     "long": {"hint": "count on " * 20},
 }
-LOOKED_AT = ["splits", "log", "step"]  # of a checkpoint, before the flags
 MODELS = {"cut": {}, "other": {}, "short": {"max_position_embeddings": 100}}
 BAD = {  # flags: words of the line
     "--lr nan": "--lr nan",
     "--recipe dop": "--recipe dop dopd_frozen",
     "--step 1": "--step",
     "--data sums.jsonl": "--data --teacher",
-    "--resume . --steps 9": "--resume flag",
-    "--resume alien": "--resume alien",
-    "--resume newer": "--resume newer temperature",
     "PAIR --hint_template {prompt}": "hint",
     "PAIR --answer_regex (": "--answer_regex",
-    "PAIR --answer_regex [0-9]": "'10'",
+    "PAIR --answer_regex [0-9]": "answer only",
     "PAIR --out other": "--out other",
     "PAIR --recipe odd": "odd topk",
     "PAIR --recipe unrouted": "unrouted router",
@@ -826,9 +806,8 @@ def test_bad_input(flags, pair, capsys, monkeypatch):
         if name == "other":
             tokenizer.add_tokens("<|other|>")
         save(name, model, tokenizer)
-    for name, state, more in (("alien", ["model"], {}), ("newer", LOOKED_AT, {"temperature": 1.0})):
-        Path(name).mkdir()
-        Path(name, "config.json").write_text(json.dumps(vars(Config()) | more))
-        torch.save(dict.fromkeys(state), f"{name}/checkpoint.pt")
+    if "--out" in argv:
+        Path("other").mkdir(exist_ok=True)
+        Path("other/config.json").write_text("{}")
     line = refused(argv, capsys)
     assert all(word in line for word in BAD[flags].split()), line

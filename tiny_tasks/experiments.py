@@ -4,15 +4,17 @@
     python tiny_tasks/experiments.py situations           # names of EXPERIMENTS
     python tiny_tasks/experiments.py --draw situations    # only draw what is finished
 
-A run is one seed of one setting, in runs/NAME/SETTING-seedN. A finished run is not repeated; one
-that was interrupted goes on. To add a method or a situation: a line in RECIPES or TASKS, and its
+A run is one seed of one setting, in runs/NAME/SETTING-seedN. A finished run is not repeated; an
+interrupted one begins again. To add a method or a situation: a line in RECIPES or TASKS, and its
 name in METHODS or SITUATIONS.
 """
 
 import copy
+import io
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -172,18 +174,13 @@ def config_of(name: str, setting: str, seed: int):
 def run(name: str, setting: str, seed: int) -> None:
     """One run. job.json, written last, has its grades."""
     torch.set_num_threads(1)
-    config, saved, begun = config_of(name, setting, seed), {}, time.time()
-    resumed = Path(config.out, "checkpoint.pt").exists()
-    if resumed:
-        config, saved = dopd.read_flags(["--resume", config.out])
+    config, begun = config_of(name, setting, seed), time.time()
     commit = ["git", "rev-parse", "--short", "HEAD"]
     found = {"commit": subprocess.check_output(commit, text=True, cwd=ROOT).strip()}
     dopd.distill_step = watched(dopd.distill_step)
-    dopd.run(config, saved)
-    found["grades"] = grade_all(config)
-    found["seconds"] = None if resumed else round(time.time() - begun)
+    found["grades"] = grade_all(dopd.run(config), config)
+    found["seconds"] = round(time.time() - begun)
     Path(config.out, "job.json").write_text(json.dumps(found))
-    Path(config.out, "checkpoint.pt").unlink()
 
 
 def supervised_step(student: Policy, optimizer, rows: list[dict]) -> dict:
@@ -224,10 +221,8 @@ def watched(distill_step):
     return step
 
 
-def grade_all(config) -> dict:
+def grade_all(ready, config) -> dict:
     """The final test of every policy, with finer grades from the students that are saved."""
-    saved = torch.load(f"{config.out}/checkpoint.pt", "cpu", weights_only=True)
-    ready = dopd.prepare(config, saved, dopd.OwnData)
     loading = getattr(ready.task, "load", dopd.load)
     known, grades = {}, {}
     for line in Path(config.out, "metrics.jsonl").read_text().splitlines():
@@ -369,9 +364,10 @@ def cost(rounds: int = 5, steps: int = 20):
     dopd.encode(rows, tokenizer, models, task.hint_template)
     ready = dopd.Ready(task, {"train": rows, "validation": rows[:1]}, tokenizer, *models)
     for method in OURS * rounds:
-        begun, log = time.process_time(), []
-        dopd.train(method, ready, log, {}, config)
-        seconds, tokens = time.process_time() - begun, sum(row["tokens"] for row in log)
+        begun, log = time.process_time(), io.StringIO()
+        dopd.train(method, ready, log, config)
+        seconds = time.process_time() - begun
+        tokens = sum(json.loads(line)["tokens"] for line in log.getvalue().splitlines())
         line = {"milliseconds of a step": 1000 * seconds / steps}
         lines.append({"method": method} | line | {"tokens per second": tokens / seconds})
     return pandas.DataFrame(lines)
@@ -599,7 +595,8 @@ def draw() -> None:
 # --- 8. the command line
 def launch(job: tuple) -> None:
     """Its log.txt has what a run prints. One that fails does not end the others."""
-    folder_of(*job).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder_of(*job), ignore_errors=True)  # what an interrupted run left
+    folder_of(*job).mkdir(parents=True)
     with open(folder_of(*job) / "log.txt", "a") as log:
         command = [sys.executable, __file__, "--run", *map(str, job)]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode

@@ -93,6 +93,10 @@ RECIPES["agree"] = agree()
 
 
 # --- other papers
+# Cover what the source finds likely.
+dopd.DIVERGENCES["forward_kl"] = lambda student, source: dopd.reverse_kl(source, student)
+
+
 def by_teacher_entropy(scores) -> torch.Tensor:
     return torch.where(scores["teacher"].entropy > 0.8, Teacher.UNSURE, Teacher.SURE)
 

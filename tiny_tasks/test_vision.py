@@ -61,6 +61,12 @@ def pictures(**change):
     return f"{SMALL} --recipe dopd --out run --data rows.jsonl --teacher eyes --student".split()
 
 
+def note_splits(monkeypatch):
+    splits, split = [], dopd.split
+    monkeypatch.setattr(dopd, "split", lambda rows: splits.append(split(rows)) or splits[-1])
+    return splits
+
+
 @pytest.mark.parametrize("family", ["Qwen3VL", "Llava", "LlavaNext", "Idefics3"])
 def test_a_real_model_sees_the_picture_of_its_row(family, monkeypatch):
     """Catches the picture of another row, or without the box; positions of text; padding that is
@@ -70,8 +76,9 @@ def test_a_real_model_sees_the_picture_of_its_row(family, monkeypatch):
     save("eyes", *eyes(family))
     monkeypatch.setattr(sys, "argv", ["vision.py", *pictures(), "eyes", "--steps", "2"])
     monkeypatch.setattr(dopd, "TASKS", {**dopd.TASKS})  # the script registers its own
+    splits = note_splits(monkeypatch)
     runpy.run_path(vision.__file__, run_name="__main__")
-    rows = torch.load("run/checkpoint.pt", weights_only=True)["splits"]["train"]
+    rows = splits[0]["train"]
     assert (len({len(row["plain"]) for row in rows}) > 1) == (family != "Llava")  # which crops
     see = transformers.AutoProcessor.from_pretrained("run/dopd")
     config = dopd.Config(teacher="eyes", student="eyes")
@@ -115,10 +122,11 @@ def test_the_tiny_task_with_pictures(monkeypatch):
     calls, look = [], vision.Vision.look
     monkeypatch.setattr(vision.Vision, "look", lambda *args: calls.append(args[1:]) or look(*args))
     monkeypatch.setattr(dopd.warm_start, "__defaults__", (3,))  # steps
+    splits = note_splits(monkeypatch)
     dopd.main(f"{SMALL} --task vision_box --recipe dopd --steps 2 --out run".split())
     seen = {(row.get("is_hinted"), hinted) for row, hinted in calls}
     assert seen == {(False, False), (True, True), (None, False), (None, True)}
-    rows = torch.load("run/checkpoint.pt", weights_only=True)["splits"]["test"]
+    rows = splits[0]["test"]
     for name, has_box in (("vision", False), ("vision_box", True)):
         task = dopd.TASKS[name]
         tokenizer, *models = task.load(dopd.Config(out="run"), 7)

@@ -181,7 +181,7 @@ def train(config: DOPDConfig, model: trl.ModelConfig) -> None:
     models = {"student": student, "teacher": teacher}
     if dopd.RECIPES[config.recipe].anchor_decay and not model.use_peft:
         auto = transformers.AutoModelForCausalLM  # from disk: shards cannot be copied
-        _, models["anchor"] = dopd.load_model("student", own.student, "float32", "cpu", auto)
+        _, models["anchor"] = dopd.load_model("student", own, "float32", auto)
         models["anchor"].vocabulary = student.vocabulary
     rows = random.Random(config.seed).sample(rows, len(rows))
     peft = trl.get_peft_config(model)

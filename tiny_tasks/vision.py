@@ -173,5 +173,4 @@ class Pictures(dopd.OwnData):
 
 
 if __name__ == "__main__":
-    task = [] if "--resume" in sys.argv else ["--task", "vision"]
-    dopd.main(task + sys.argv[1:], Pictures)
+    dopd.main(["--task", "vision", *sys.argv[1:]], Pictures)
