@@ -603,10 +603,9 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     ends = {other.eos_token_id, tokenizer.eos_token_id}
     for model in (teacher, student):
         ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
-    if tokenizer.chat_template:  # some models end an answer only as the template does
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
-        with blame("the student's chat template"):
-            _, _, text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
+    with suppress(Exception):  # a chat template, if there is one, may end turns in its own way
+        text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")[2]
         ids = tokenizer(text, add_special_tokens=False).input_ids
         special = [token for token in ids if not tokenizer.decode(token, skip_special_tokens=True)]
         ends |= {*special[:1]}
