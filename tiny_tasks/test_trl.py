@@ -212,9 +212,9 @@ BAD = {
     "--rollouts 0": "rollouts",
     "--gradient_accumulation_steps 20": "16 rows 40",
     "--hint_template {prompt}": "hint",
-    "--max_completion_length 120": "tokens",
+    "--max_completion_length 120": "tokens --max_completion_length",
     "--model_name_or_path other": "tokenizers differ",
-    "--model_name_or_path cut": "cut up_proj",
+    "--model_name_or_path cut": "--model_name_or_path cut up_proj",
     "--model_name_or_path adapter": "adapter learn",
     "--teacher_model_name_or_path capped": "capped not supported",
 }

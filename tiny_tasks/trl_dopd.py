@@ -30,13 +30,13 @@ import transformers
 import trl
 from accelerate import utils
 from datasets import Dataset
-from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import prepare_deepspeed, unwrap_model_for_generation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dopd  # noqa: E402
 
-# Flags of TRL that mean nothing here.
+NAMES = {"--teacher": "--teacher_model_name_or_path", "--student": "--model_name_or_path"}
+NAMES |= {"--max_new_tokens": "--max_completion_length", "--lr": "--learning_rate"}
 REFUSED = """beta temperature top_p top_k min_p repetition_penalty attn_implementation
     load_in_4bit load_in_8bit model_revision teacher_model_revision""".split()
 
@@ -88,9 +88,6 @@ class DOPDTrainer(trl.DistillationTrainer):
     def log_probs(self, who: str, reads: str, rows: list, completions: list) -> dopd.LogProbs:
         """Inside the forward pass of a wrapper: only there do FSDP and DeepSpeed gather weights."""
         model = self.models.get(who, self.models["student"])
-        head = model.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            head.unshard()  # a shard of its own
         size = self.args.per_device_train_batch_size
         return dopd.score(dopd.Policy(model, reads), rows, completions, size)
 
@@ -109,7 +106,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         with self.accelerator.autocast():
             if self._step == 0:
                 self.check()
-            # Seed, step and process decide every random draw.
+            # Seed, step and process decide every draw.
             torch.manual_seed((self.args.seed * 10**6 + self.state.global_step) * world + here)
             completions = self._generate([row["plain"] for row in rows])[1]
             tokens = torch.tensor(sum(completions, []), device=self.accelerator.device)  # (N,)
@@ -138,7 +135,7 @@ class DOPDTrainer(trl.DistillationTrainer):
         return {"order": torch.arange(len(parts)), "parts": parts}  # TRL deals out one at a time
 
     def _compute_loss(self, student, inputs: dict, num_items_in_batch) -> tuple:
-        """A micro-batch, in the forward pass of the wrapper: loss, sum of entropies, tokens."""
+        """A micro-batch: loss, sum of entropies, tokens."""
         rows, completions, tokens, weights, sources = inputs["parts"][0]
         with self.accelerator.autocast():
             logp = self.log_probs("student", "plain", rows, completions)
@@ -197,7 +194,10 @@ def main(argv: list[str]) -> None:
     try:
         train(*flags)
     except dopd.UserError as error:
-        print(f"dopd.py: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        line = " ".join(str(error).split())[:400]
+        for of_dopd, of_trl in NAMES.items():
+            line = line.replace(of_dopd, of_trl)
+        print(f"dopd.py: {line}", file=sys.stderr)
         sys.exit(2)
 
 
