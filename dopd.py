@@ -236,10 +236,11 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=1
 
 def sample(policy: Policy, rows, **options):
     """The output of `generate`, and where completions begin. Only here padding is on the left."""
-    texts, device = [torch.tensor(row[policy.reads]) for row in rows], policy.model.device
-    ids = pad_sequence(texts, True, padding_value=-1, padding_side="left").to(device)  # (B, L)
-    options["attention_mask"], ids = (ids >= 0).long(), ids.clamp(min=0)
-    return policy.model.generate(ids, **options, **policy.look(rows, ids)), ids.shape[1]
+    texts = [torch.tensor(row[policy.reads]) for row in rows]
+    ids = pad_sequence(texts, True, padding_value=-1, padding_side="left").to(policy.model.device)
+    mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (B, L)
+    sampled = policy.model.generate(ids, attention_mask=mask, **options, **policy.look(rows, ids))
+    return sampled, ids.shape[1]
 
 
 @torch.no_grad()
