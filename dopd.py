@@ -88,7 +88,7 @@ class Author(NamedTuple):
     layers: int  # of the model
     hinted: float  # share of the solutions that are written with the hint
     knows: int  # how many of the ten stable names it knows; it guesses the others
-    slips: float = 0.0  # share of wrong sums, one too high, among those that pass 9
+    slips: float = 0.0  # share of the sums above 9 that are one too high
     skips_hinted: float = 0.0  # share of the solutions that leave out the steps, with the hint
     skips: float = 0.0  # and without it
 
@@ -96,7 +96,7 @@ class Author(NamedTuple):
 class Rules(NamedTuple):
     """`7fbk=` -> `967314`: start at 7; the names f, b and k each add a digit, modulo 10; write the
     digit and the new value. Ten stable names always mean the same digit; three wild names another
-    one in every problem, which only the hint `971` tells. Who skips the steps writes just `=4`."""
+    one every time, which only the hint `971` tells. Who skips the steps writes just `=4`."""
 
     teacher: Author
     student: Author
@@ -411,7 +411,7 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(student.model.device)  # (N,)
     lengths = torch.tensor([len(ids) for ids in completions], device=tokens.device)  # (B,)
 
-    # 2. The other policies score the same tokens, before the student learns from any of them.
+    # 2. The policies that teach or route score the same tokens, before the student learns.
     others = {term.source for term in recipe.terms} | {*recipe.router_reads}
     with torch.no_grad():
         sources = {name: score(policies[name], rows, completions, size) for name in others}
@@ -420,7 +420,7 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     # 3. Means over the whole batch decide where each token goes.
     regimes, weights = assign(recipe, scores, lengths)  # (N,), (R, N)
 
-    # 4. The student learns, one micro-batch after the other.
+    # 4. The student learns. The weights are of the whole batch: micro-batches add up.
     loss, entropy, end = 0.0, 0.0, 0
     for i in range(0, len(rows), size):
         start, end = end, end + int(lengths[i : i + size].sum())
@@ -529,7 +529,7 @@ def read_rows(config, pictures=()) -> list[dict]:
         for name in ("prompt", "answer", "hint"):
             text = row.get(name)
             if not isinstance(text, str) or not text and name != "hint":
-                raise UserError(f"--data {path}, row {number}: {name} is no text (in quotes)")
+                raise UserError(f"--data {path}, row {number}: {name} must be text, not {text!r}")
         if row.get("image") and not pictures:
             raise UserError(f"--data {path}: pictures are for tiny_tasks/vision.py")
     columns = ("prompt", "answer", "hint", *pictures)
@@ -558,7 +558,7 @@ def encode(rows, tokenizer, models, template, see=None):
                 "a template loses the hint": hint.strip() not in shown,
                 f"{len(ids)} tokens, but --max_new_tokens leaves {room}": not 0 < len(ids) <= room,
                 "a model lacks one of its tokens": max(ids, default=0) >= model.vocabulary,
-                f"the tokenizer reads it like {twin[-60:]!r}": twin != text,
+                f"becomes the same tokens as {twin[-60:]!r}": twin != text,
             }
             for fault, there in faults.items():
                 if there:
@@ -575,7 +575,7 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
             text = tokenizer.apply_chat_template(turns, **options)
     written = tokenizer(text, add_special_tokens=False).input_ids
     ids = written if tokenizer.chat_template else tokenizer(text).input_ids
-    if ids[-len(written) - 1 : -1] == written:  # one id follows the text
+    if ids[-len(written) - 1 : -1] == written:  # and one id more: an end, as of T5
         ids = ids[:-1]
     return text, ids
 
@@ -605,21 +605,21 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     for model in (teacher, student):
         ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
-    with suppress(Exception):  # a chat template, if there is one, may end turns in its own way
+    with suppress(Exception):  # a chat template may end answers with a token of its own
         text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")[2]
         ids = tokenizer(text, add_special_tokens=False).input_ids
         special = [token for token in ids if not tokenizer.decode(token, skip_special_tokens=True)]
         ends |= {*special[:1]}
     if ends == {None}:
         raise UserError("--teacher, --student: neither has an end token")
-    own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-    own |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    sampling |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
     heights = [model.get_input_embeddings().num_embeddings for model in (teacher, student)]
     for model, height in zip((teacher, student), heights, strict=True):
         # A table may have rows beyond the words: they are neither scored nor sampled.
         model.vocabulary = min(max(words.values()) + 1, *heights)
-        own["suppress_tokens"] = [*range(model.vocabulary, height)] or None
-        model.generation_config = transformers.GenerationConfig(**own)
+        sampling["suppress_tokens"] = [*range(model.vocabulary, height)] or None
+        model.generation_config = transformers.GenerationConfig(**sampling)
     return tokenizer, teacher.requires_grad_(False), student
 
 
@@ -661,7 +661,7 @@ def check(config):
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
         recipe = RECIPES[name]
-        with blame(f"--recipe {name}: unknown, or not in router_reads"):
+        with blame(f"--recipe {name}: wrong names, or router_reads too short?"):
             scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
             _, weights = assign(recipe, scores, torch.tensor([4, 5]))
             recipe_loss(recipe, logps["student"], logps, torch.ones_like(weights), config.top_k)
@@ -758,8 +758,8 @@ def run(config, own_data=OwnData) -> Ready:
     """Every recipe from the same student. A line of metrics.jsonl is a step, or a final test."""
     if Path(config.out, "config.json").exists():
         raise UserError(f"--out {config.out}: holds a run; choose another folder")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     ready = prepare(config, own_data)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
     models = {"student before": ready.student, "teacher": ready.teacher}
     recipes = dict.fromkeys(config.recipe) if config.steps else ()

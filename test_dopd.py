@@ -653,14 +653,15 @@ def test_a_full_disk_ends_a_run_that_keeps_what_it_has(pair, monkeypatch, capsys
     saved, save_pretrained = [], transformers.PreTrainedModel.save_pretrained
 
     def fill_the_disk(model, folder, **options):
-        saved.append(folder)
+        saved.append(Path("full/metrics.jsonl").read_text().count("\n"))
         if len(saved) == 2:
             raise OSError("No space left on device")
         save_pretrained(model, folder, **options)
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fill_the_disk)
     line = refused([*on(pair).split(), "--recipe", "opd", "--lr", "1e-2", "--out", "full"], capsys)
-    assert "--out full" in line and "No space" in line and saved == ["full/opd"] * 2
+    assert "--out full" in line and "No space" in line
+    assert saved == [4 + 1, 4 + 3]  # lines that are there: tests of the pair, and steps
     log = [json.loads(line) for line in Path("full/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "step" in row] == [1, 2, 3]
     assert log[5]["validation"]["exact match"] == 0
@@ -757,9 +758,9 @@ FILES = {  # name: what is wrong with the last row
     "list": {"hint": ["one", "two"]},
     "image": {"image": "cat.png"},
     "special": {"answer": "<|im_end|>"},
-    "long": {"hint": "count on " * 20},
+    "long": {"hint": "count on " * 12},  # 101 tokens: too many for the teacher alone
 }
-MODELS = {"cut": {}, "other": {}, "short": {"max_position_embeddings": 100}}
+MODELS = {"cut": {}, "other": {}, "deaf": {}, "short": {"max_position_embeddings": 100}}
 BAD = {  # flags: words of the line
     "--lr nan": "--lr nan",
     "--recipe dop": "--recipe dop dopd_frozen",
@@ -772,6 +773,7 @@ BAD = {  # flags: words of the line
     "PAIR --recipe odd": "odd topk",
     "PAIR --recipe unrouted": "unrouted router",
     "PAIR --recipe unread": "unread router_reads",
+    "PAIR --student deaf": "What loses prompt",
     "PAIR --student cut": "--student cut up_proj",
     "PAIR --student other": "--teacher --student <|other|>",
     "PAIR --max_new_tokens 500": "What is 0 tokens",
@@ -803,6 +805,8 @@ def test_bad_input(flags, pair, capsys, monkeypatch):
         model, tokenizer = tiny(**MODELS[name]), bpe()
         if name == "cut":  # one of its weights is missing
             model.model.layers[1].mlp.up_proj = None
+        if name == "deaf":
+            tokenizer.chat_template = "What did you say?"
         if name == "other":
             tokenizer.add_tokens("<|other|>")
         save(name, model, tokenizer)
