@@ -590,16 +590,20 @@ def refused(argv, capsys):
 
 
 def test_the_tiny_experiment_twice(monkeypatch):
-    """Catches a test prompt that a policy learned from, random numbers that no seed decides,
-    files that are missing."""
+    """Catches a test prompt that a policy learned from, random numbers that no seed decides, a
+    validation that changes the training, files that are missing."""
     learned, tested = set(), set()
     spy(monkeypatch, dopd.Rules, "solution", lambda *x: learned.add(x[1]["prompt"]))
     spy(monkeypatch, dopd, "evaluate", lambda *x: tested.update(r["prompt"] for r in x[1]))
     monkeypatch.setattr(dopd.warm_start, "__defaults__", (3,))  # steps
-    for folder in ("one", "two"):
+    logs = []
+    for folder, every in (("one", 4), ("two", 2)):
         torch.manual_seed(len(learned))  # nothing hangs on the random numbers before
-        dopd.main(f"{SMALL} --eval_every 4 --out {folder} --recipe dopd".split())
-    for file in ("metrics.jsonl", "teacher/model.safetensors", "dopd/model.safetensors"):
+        dopd.main(f"{SMALL} --eval_every {every} --out {folder} --recipe dopd".split())
+        rows = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        logs.append([row | {"validation": None} for row in rows])
+    assert logs[0] == logs[1]
+    for file in ("teacher/model.safetensors", "dopd/model.safetensors"):
         assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
     assert len(learned) > 300 and len(tested) > 200 and not learned & tested
     assert json.loads(Path("one/config.json").read_text())["steps"] == 4
@@ -785,6 +789,7 @@ BAD = {  # flags: words of the line
     "PAIR --data special.jsonl": "<|im_end|>",
     "PAIR --data long.jsonl --teacher short": "tokens",
     "PAIR --data gone.jsonl": "gone.jsonl",
+    "PAIR --data broken.jsonl": "--data broken.jsonl",
 }
 
 
@@ -801,6 +806,7 @@ def test_bad_input(flags, pair, capsys, monkeypatch):
         write_rows(
             f"{name}.jsonl", [*SUMS, {"prompt": "Why?", "answer": "4", "hint": "so"} | change]
         )
+    Path("broken.jsonl").write_text('{"prompt": "Why?", ')
     for name in {*MODELS} & {*argv}:
         model, tokenizer = tiny(**MODELS[name]), bpe()
         if name == "cut":  # one of its weights is missing
