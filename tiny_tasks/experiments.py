@@ -38,7 +38,7 @@ from dopd import RECIPES, STRONG, TASKS, WEAK, Policy, Rules
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
-CHARACTERS = ["", *Rules.characters]  # of the ids of a tiny model; 0 is the end
+CHARACTERS = ["", *Rules.characters]  # of ids of a tiny model; 0 is the end
 
 
 # --- 1. situations: kinds of teachers and hints
@@ -118,7 +118,7 @@ AGREE_PARTS = {
     "agree, paper's terms": AGREE._replace(terms=paper),
 }
 
-# A frozen anchor that is copied anew. For dopd.py a decay above 1 is frozen; `watched` copies.
+# A frozen anchor, copied anew. For dopd.py a decay above 1 is frozen; `watched` copies.
 RENEWED = {}
 for name in ("dopd_frozen", "agree"):
     for every in (40, 80):
@@ -142,7 +142,7 @@ def same(task: str, **flags) -> dict:
     return {"task": task, "teacher": f"{folder}/teacher", "student": f"{folder}/student"} | flags
 
 
-four = ["shortcut", "teacher skips 95%", "mistaken", "hints ignored"]
+five = ["shortcut", "teacher skips 95%", "both skip", "mistaken", "hints ignored"]
 papers = {"shortcut, paper's rate": same("shortcut", lr=5e-6, steps=200)}
 long, renewed = {}, {}
 for task in BOTH:
@@ -151,7 +151,7 @@ for task in BOTH:
         renewed[f"{task}, {steps} steps"] = same(task, steps=steps)
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
-    "agree_parts": Experiment({name: same(name) for name in four}, [*AGREE_PARTS]),
+    "agree_parts": Experiment({name: same(name) for name in five}, [*AGREE_PARTS]),
     "papers_rate": Experiment(papers, ["dopd"]),
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
