@@ -455,7 +455,7 @@ def examples(names, rows, completions, regimes, scores, every) -> list[dict]:
         example = {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
         example |= {"ids": completions[i], "regimes": [names.get(kind, "-") for kind in kinds]}
         for name, (logp, _) in scores.items():
-            example[name] = logp.double().exp().round(decimals=4).split(lengths)[i].tolist()
+            example[name] = logp.cpu().double().exp().round(decimals=4).split(lengths)[i].tolist()
         shown.append(example)
     return shown
 
