@@ -102,7 +102,6 @@ OURS = ["opd", "privileged_opd", "dopd", "dopd_frozen", "half", "where_unsure", 
 ROUTED = ["dopd", "dopd_frozen", "agree"]
 PARTS = [name for name in RECIPES if name not in METHODS]
 
-# agree with one part changed; the paper's terms are those of LH, HS and HT
 AGREE = RECIPES["agree"]
 first, second, third = AGREE.terms
 light = {"support": "top_k", "weight": 0.6}
@@ -143,6 +142,7 @@ def same(task: str, **flags) -> dict:
 
 
 five = ["shortcut", "teacher skips 95%", "both skip", "mistaken", "hints ignored"]
+others = [name for name in SITUATIONS if name not in five]
 papers = {"shortcut, paper's rate": same("shortcut", lr=5e-6, steps=200)}
 long, renewed = {}, {}
 for task in BOTH:
@@ -152,6 +152,7 @@ for task in BOTH:
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
     "agree_parts": Experiment({name: same(name) for name in five}, [*AGREE_PARTS]),
+    "agree_30": Experiment({name: same(name) for name in others}, ["agree, below 0.3"]),
     "papers_rate": Experiment(papers, ["dopd"]),
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
@@ -354,7 +355,7 @@ def over_time(name: str, methods: list):
 
 
 def cost(rounds: int = 5, steps: int = 20):
-    """Time of one core for a step, of all methods in turn. Needs the policies of situations."""
+    """Time of one core for a step. Needs the policies of situations."""
     torch.set_num_threads(1)
     config = replace(config_of("long", "shortcut", 0), steps=steps, eval_every=steps + 1)
     config.out, task, lines = f"{ROOT}/runs/cost", TASKS["shortcut"], []
@@ -575,7 +576,7 @@ def draw_map(frame):
 
 
 def draw() -> None:
-    """All figures and tables, from the CSV files that are there."""
+    """All figures and tables."""
     files = sorted(RESULTS.glob("*.csv"))
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in files}
     write_tables(frames)
