@@ -521,7 +521,7 @@ def draw_situations(frame):
 
 
 def draw_dots(frames: dict):
-    """A dot for every seed and method."""
+    """A dot for every seed."""
     code = {"this code": frames["situations"], "before": frames["methods"]}
     frame = pandas.concat(code, names=["code"]).reset_index()
     shown = {"x": "exact match", "y": "method", "col": "setting", "col_order": BOTH}
