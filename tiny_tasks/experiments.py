@@ -142,7 +142,8 @@ def same(task: str, **flags) -> dict:
 
 
 five = ["shortcut", "teacher skips 95%", "both skip", "mistaken", "hints ignored"]
-others = [name for name in SITUATIONS if name not in five]
+others = {name: same(name) for name in SITUATIONS if name not in five}
+others["pictures"] = {"task": "pictures"}  # not the tiles of its old run
 papers = {"shortcut, paper's rate": same("shortcut", lr=5e-6, steps=200)}
 long, renewed = {}, {}
 for task in BOTH:
@@ -152,7 +153,7 @@ for task in BOTH:
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
     "agree_parts": Experiment({name: same(name) for name in five}, [*AGREE_PARTS]),
-    "agree_30": Experiment({name: same(name) for name in others}, ["agree, below 0.3"]),
+    "agree_30": Experiment(others, ["agree, below 0.3"]),
     "papers_rate": Experiment(papers, ["dopd"]),
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
@@ -521,7 +522,6 @@ def draw_situations(frame):
 
 
 def draw_dots(frames: dict):
-    """A dot for every seed."""
     code = {"this code": frames["situations"], "before": frames["methods"]}
     frame = pandas.concat(code, names=["code"]).reset_index()
     shown = {"x": "exact match", "y": "method", "col": "setting", "col_order": BOTH}
