@@ -345,7 +345,6 @@ def planes():
 
 
 def over_time(name: str, methods: list):
-    """Of every tenth step."""
     lines = []
     for where, row in logs(name, methods):
         if row["step"] % 10 == 0:
