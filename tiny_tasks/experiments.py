@@ -38,7 +38,7 @@ from dopd import RECIPES, STRONG, TASKS, WEAK, Policy, Rules
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tiny_tasks/results"
-CHARACTERS = ["", *Rules.characters]  # of ids of a tiny model; 0 is the end
+CHARACTERS = ["", *Rules.characters]  # of ids; 0 is the end
 
 
 # --- 1. situations: kinds of teachers and hints
@@ -552,7 +552,6 @@ def draw_planes(frame):
 
 
 def draw_seeds(frame, values: list, label: str, name: str, **axes) -> None:
-    """Every seed is a line."""
     frame = frame.melt(frame.columns.difference(values), values, "which", label).dropna(
         subset=label
     )
@@ -618,7 +617,9 @@ def main(names: list[str]) -> None:
         pool.map(launch, jobs, chunksize=1)
     for file, (name, function) in FILES.items():
         if name in names:
-            function().round(4).to_csv(RESULTS / f"{file}.csv", index=False)
+            frame = function()
+            if len(frame):  # else keep the file
+                frame.round(4).to_csv(RESULTS / f"{file}.csv", index=False)
     draw()
 
 
