@@ -618,7 +618,7 @@ def main(names: list[str]) -> None:
     for file, (name, function) in FILES.items():
         if name in names:
             frame = function()
-            if len(frame):  # else keep the file
+            if len(frame):
                 frame.round(4).to_csv(RESULTS / f"{file}.csv", index=False)
     draw()
 
