@@ -172,7 +172,7 @@ class OwnData:  # rows of --data, for real models
 
     def check(self, rows, tokenizer):
         """Refuses an answer that the tokenizer cannot write, or the pattern finds only in part."""
-        for answer in {row["answer"].strip() for row in rows}:
+        for answer in dict.fromkeys(row["answer"].strip() for row in rows):
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             written = tokenizer.decode(ids, skip_special_tokens=True).strip()
             found = self.answer(written) or written
@@ -455,7 +455,7 @@ def examples(names, rows, completions, regimes, scores, every) -> list[dict]:
         example = {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
         example |= {"ids": completions[i], "regimes": [names.get(kind, "-") for kind in kinds]}
         for name, (logp, _) in scores.items():
-            example[name] = logp.cpu().double().exp().round(decimals=4).split(lengths)[i].tolist()
+            example[name] = logp.split(lengths)[i].cpu().double().exp().round(decimals=4).tolist()
         shown.append(example)
     return shown
 
@@ -699,10 +699,10 @@ def prepare(config, own_data) -> Ready:
     # A task may bring its own: see vision.py.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
-    for model in models:
-        check_scores(model, rows)
     if config.data:
         task.check(rows, tokenizer)
+    for model in models:
+        check_scores(model, rows)
     return Ready(task, splits, tokenizer, *models)
 
 
@@ -765,11 +765,11 @@ def run(config, own_data=OwnData) -> Ready:
     recipes = dict.fromkeys(config.recipe) if config.steps else ()
     half = config.dtype == "bfloat16"  # matrix products; a cache would serve old weights
     autocast = torch.autocast(ready.student.device.type, torch.bfloat16, half, cache_enabled=False)
+    rows = ready.splits["test"][: config.test_prompts]
     with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:
         for name in (*models, *recipes):
             model = models.get(name) or train(name, ready, log, config)
             for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
-                rows = ready.splits["test"][: config.test_prompts]
                 grades = evaluate(Policy(model, reads), rows, ready, config)
                 print(json.dumps({"tested": label, "test": grades}), file=log)
                 print(f"{label:32}", {grade: round(value, 2) for grade, value in grades.items()})

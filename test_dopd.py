@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -60,6 +61,8 @@ def naive_divergence(objective, student, source, k):
         student, source = student[ranked], source[ranked]
         student = torch.cat([student[:k], student[k:].sum(0, keepdim=True)])
         source = torch.cat([source[:k], source[k:].sum(0, keepdim=True)])
+    if objective == "forward_kl":
+        return naive_kl(source, student)
     if objective == "reverse_kl":
         return naive_kl(student, source)
     mixture = (student + source) / 2
@@ -109,12 +112,20 @@ def divergence(objective, student, source, k):
     return dopd.DIVERGENCES[objective](*pair)
 
 
-ALPHA = {"reverse_kl": 1.0, "js": 0.5}  # of TRL
+ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}  # of TRL
+
+
+@pytest.fixture
+def with_forward_kl(monkeypatch):
+    """recipes.py adds it, and more methods: for this test alone."""
+    for name in ("RECIPES", "DIVERGENCES"):
+        monkeypatch.setattr(dopd, name, {**getattr(dopd, name)})
+    runpy.run_path(Path(dopd.__file__).with_name("tiny_tasks") / "recipes.py")
 
 
 @pytest.mark.parametrize("objective", ALPHA)
 @pytest.mark.parametrize("k", [1, 3, None])
-def test_divergences_from_their_definition_and_of_trl(objective, k):
+def test_divergences_from_their_definition_and_of_trl(objective, k, with_forward_kl):
     """Catches swapped directions; the source's top-K for the student's; a top-K without a tail."""
     logits, source = torch.randn(2, 10, 9, dtype=torch.float64).log_softmax(-1)
 
@@ -145,7 +156,7 @@ def test_divergences_from_their_definition_and_of_trl(objective, k):
 
 @pytest.mark.parametrize("objective", ALPHA)
 @pytest.mark.parametrize("k", [2, 99, None])
-def test_divergences_of_words_that_are_ruled_out(objective, k):
+def test_divergences_of_words_that_are_ruled_out(objective, k, with_forward_kl):
     """Catches nan, in value or gradient, where both rule a word out, and where the source does."""
     logits = torch.tensor([0.3, 0.5, -math.inf, 0.1], requires_grad=True)
     both = torch.tensor([0.1, 0.2, -math.inf, 0.9]).log_softmax(-1)

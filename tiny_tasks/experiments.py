@@ -112,7 +112,7 @@ AGREE_PARTS = {
     "agree, slow anchor": AGREE._replace(anchor_decay=0.99),
     "agree, no teacher": AGREE._replace(terms=AGREE.terms[:2]),  # such tokens teach nothing
     "agree, no student": recipes.agree(student_may_teach=False),
-    "agree, below 0.3": recipes.agree(threshold=0.3),
+    "agree, below 0.3": RECIPES["agree_30"],
     "agree, below 0.7": recipes.agree(threshold=0.7),
     "agree, paper's terms": AGREE._replace(terms=paper),
 }
@@ -175,7 +175,6 @@ def config_of(name: str, setting: str, seed: int):
 
 def run(name: str, setting: str, seed: int) -> None:
     """One run. job.json, written last, has its grades."""
-    torch.set_num_threads(1)
     config, begun = config_of(name, setting, seed), time.time()
     commit = ["git", "rev-parse", "--short", "HEAD"]
     found = {"commit": subprocess.check_output(commit, text=True, cwd=ROOT).strip()}
@@ -424,11 +423,12 @@ def claims(frames: dict):
     table = frames["claims"]
     for i, claim in table.iterrows():
         for task in BOTH:
-            for name in ("methods", "situations"):
-                exact = frames[name][frames[name].setting == task]
-                exact = exact.pivot(index="seed", columns="method", values="exact match")
-                if {claim.higher, claim.lower} <= {*exact}:
-                    pair = exact[[claim.higher, claim.lower]].dropna()
+            both = {claim.higher, claim.lower}
+            frame = frames["situations" if both <= {*METHODS} else "methods"]
+            exact = frame[frame.setting == task].pivot(
+                index="seed", columns="method", values="exact match"
+            )
+            pair = exact[[claim.higher, claim.lower]].dropna()
             high, low = pair[claim.higher], pair[claim.lower]
             verdict = "in part" if high.mean() > low.mean() else "no"
             if (high > low).all():
