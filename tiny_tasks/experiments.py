@@ -142,8 +142,7 @@ def same(task: str, **flags) -> dict:
 
 
 five = ["shortcut", "teacher skips 95%", "both skip", "mistaken", "hints ignored"]
-others = {name: same(name) for name in SITUATIONS if name not in five}
-others["pictures"] = {"task": "pictures"}  # not the tiles of its old run
+every = {name: same(name) for name in SITUATIONS}
 papers = {"shortcut, paper's rate": same("shortcut", lr=5e-6, steps=200)}
 long, renewed = {}, {}
 for task in BOTH:
@@ -152,8 +151,8 @@ for task in BOTH:
         renewed[f"{task}, {steps} steps"] = same(task, steps=steps)
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
-    "agree_parts": Experiment({name: same(name) for name in five}, [*AGREE_PARTS]),
-    "agree_30": Experiment(others, ["agree, below 0.3"]),
+    "agree_parts": Experiment({name: every[name] for name in five}, [*AGREE_PARTS]),
+    "agree_30": Experiment(every, ["agree, below 0.3"], range(5)),
     "papers_rate": Experiment(papers, ["dopd"]),
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
