@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,11 @@ class UserError(Exception):
     """A mistake of the user, printed in one line; exit code 2."""
 
 
+def require(condition, fault: str):
+    if not condition:
+        raise UserError(fault)
+
+
 @contextmanager
 def blame(what: str):
     """An error of a library in this block becomes a UserError about `what`."""
@@ -110,7 +116,8 @@ class Rules(NamedTuple):
     def problem(self, rng) -> dict:
         start, names = rng.randrange(10), ""
         for _ in range(self.length):
-            names += rng.choice("klm" if rng.random() < 0.2 else "abcdefghij")
+            group = self.wild if rng.random() < 0.2 else self.stable
+            names += rng.choice([*group])
         answer = self.work(start, [self.digit(name, 10, rng) for name in names])
         return {"prompt": f"{start}{names}=", "answer": answer, "hint": answer[::2]}  # the digits
 
@@ -163,7 +170,8 @@ class OwnData:  # rows of --data, for real models
         found = ""
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                found = next(filter(None, match.groups()), match[0]).strip() or found
+                texts = [*filter(None, match.groups()), match[0]]
+                found = texts[0].strip() or found
         return found
 
     def grade(self, row, completion) -> dict[str, bool]:
@@ -176,8 +184,7 @@ class OwnData:  # rows of --data, for real models
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             written = tokenizer.decode(ids, skip_special_tokens=True).strip()
             found = self.answer(written) or written
-            if found != answer:
-                raise UserError(f"no completion can give the answer {answer!r}, only {found!r}")
+            require(found == answer, f"no completion gives the answer {answer!r}, only {found!r}")
 
 
 # --- policies: score and sample
@@ -211,34 +218,34 @@ class LogProbs:
         logits = torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
         return logits.float().log_softmax(-1)  # (n, V)
 
-    def part(self, start: int, end: int) -> "LogProbs":
-        return LogProbs(self.hidden[start:end], self.weight, self.bias)
-
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=10_000) -> LogProbs:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row.
     All padding is at the end, where no token looks: it needs no mask and no positions."""
-    model, hidden = policy.model, []
+    hidden = []
     for i in range(0, len(rows), size):
-        part, texts, predicts = rows[i : i + size], [], []
-        for row, completion in zip(part, completions[i : i + size], strict=True):
+        texts, predicts = [], []
+        for row, completion in zip(rows[i : i + size], completions[i : i + size], strict=True):
             prompt = row[policy.reads]
-            texts.append(torch.tensor(prompt + completion[:-1]))  # the last token predicts nothing
-            predicts.append(torch.arange(len(texts[-1])) >= len(prompt) - 1)
-        ids = pad_sequence(texts, batch_first=True).to(model.device)  # (B, L)
-        mask = pad_sequence(predicts, batch_first=True).to(model.device)  # (B, L)
-        states = model.base_model(ids, use_cache=False, **policy.look(part, ids))
+            texts.append(torch.tensor(prompt + completion))
+            # The state of a token predicts the next one; that of the prompt's end, the first.
+            predicts.append(torch.tensor([False] * (len(prompt) - 1) + [True] * len(completion)))
+        ids = pad_sequence(texts, batch_first=True)[:, :-1].to(policy.model.device)  # (B, L)
+        mask = pad_sequence(predicts, batch_first=True).to(policy.model.device)  # (B, L)
+        pictures = policy.look(rows[i : i + size], ids)
+        states = policy.model.base_model(ids, use_cache=False, **pictures)
         hidden.append(states.last_hidden_state[mask])
-    head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias[: model.vocabulary]
-    return LogProbs(torch.cat(hidden), head.weight[: model.vocabulary], bias)
+    head = policy.model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias[: policy.model.vocabulary]
+    return LogProbs(torch.cat(hidden), head.weight[: policy.model.vocabulary], bias)
 
 
 def sample(policy: Policy, rows, **options):
     """The output of `generate`, and where completions begin. Only here padding is on the left."""
     texts = [torch.tensor(row[policy.reads]) for row in rows]
     ids = pad_sequence(texts, True, padding_value=-1, padding_side="left").to(policy.model.device)
-    mask, ids = (ids >= 0).long(), ids.clamp(min=0)  # (B, L)
+    mask = (ids >= 0).long()  # (B, L)
+    ids = ids.clamp(min=0)
     sampled = policy.model.generate(ids, attention_mask=mask, **options, **policy.look(rows, ids))
     return sampled, ids.shape[1]
 
@@ -336,14 +343,12 @@ class Recipe(NamedTuple):
 
 def dopd(beta_light=0.6, beta_weak=0.3, anchor_decay=0.0) -> Recipe:
     """The paper's method, with its weights."""
-    # fmt: off
     terms = [
         Term(Regime.LH, "privileged_teacher", "reverse_kl", "top_k", beta_light),
         Term(Regime.LL, "privileged_student", "reverse_kl", "top_k", beta_weak),
-        Term(Regime.HT, "privileged_teacher", "js",         "full",  1.0),
+        Term(Regime.HT, "privileged_teacher", "js", "full", 1.0),
         Term(Regime.HS, "privileged_student", "reverse_kl", "top_k", beta_light),
     ]
-    # fmt: on
     return Recipe(terms, route, ("privileged_teacher", "privileged_student"), anchor_decay)
 
 
@@ -381,14 +386,15 @@ def assign(recipe: Recipe, scores: dict[str, Scores], lengths: Tensor) -> tuple[
     return regimes, torch.stack(weights)
 
 
-def recipe_loss(recipe: Recipe, student, sources: dict, weights: Tensor, top_k: int) -> Tensor:
+def recipe_loss(recipe, student, sources: dict, weights: Tensor, top_k: int, start=0) -> Tensor:
     """The sum over terms and tokens of weight (R, N) x divergence. `student` and each source is
-    LogProbs or a tensor (N, V); they are computed again in the backward pass, not kept."""
+    LogProbs or a tensor (N, V), computed again in the backward pass, not kept. Student and weights
+    may be those of a micro-batch from token `start` on."""
 
     def divergence(term: Term, index: Tensor) -> Tensor:
         student_logp = student[index]  # (n, V)
         with torch.no_grad():
-            source_logp = sources[term.source][index]  # (n, V)
+            source_logp = sources[term.source][start + index]  # (n, V)
         pair = SUPPORTS[term.support](student_logp, source_logp, top_k)
         return DIVERGENCES[term.objective](*pair)  # (n,)
 
@@ -423,10 +429,10 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     # 4. The student learns. The weights are of the whole batch: micro-batches add up.
     loss, entropy, end = 0.0, 0.0, 0
     for i in range(0, len(rows), size):
-        start, end = end, end + int(lengths[i : i + size].sum())
+        start = end
+        end += int(lengths[i : i + size].sum())
         logp = score(student, rows[i : i + size], completions[i : i + size])
-        own = {name: source.part(start, end) for name, source in sources.items()}
-        part = recipe_loss(recipe, logp, own, weights[:, start:end], config.top_k)
+        part = recipe_loss(recipe, logp, sources, weights[:, start:end], config.top_k, start)
         part.backward()
         loss += part.item()
         entropy += token_scores(logp, tokens[start:end]).entropy.sum().item() / len(tokens)
@@ -442,8 +448,8 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
 def clip_gradient(model) -> float:
     """The norm of the gradient, before it is clipped to 1."""
     for name, weight in reversed([*model.named_parameters()]):  # as the backward pass meets them
-        if weight.grad is not None and not weight.grad.isfinite().all():
-            raise UserError(f"the gradient is not finite, from {name} on; try a lower --lr")
+        finite = weight.grad is None or weight.grad.isfinite().all()
+        require(finite, f"the gradient is not finite, from {name} on; try a lower --lr")
     return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
 
 
@@ -474,15 +480,16 @@ def tiny_policy(characters: str, layers: int) -> tuple:
     return tokenizer, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
 
 
-def warm_start(task, role, held_out, config, steps=200):
+def warm_start(role, task, held_out, config, steps=200):
     """Teaches a tiny model what its author writes, and saves it."""
-    torch.manual_seed(config.seed)
     rng, author = random.Random(config.seed), getattr(task, role)
-    row = task.problem(rng)
-    for hinted in (False, False, True, True):
-        solution = task.solution(row, hinted, author, rng)
-        print(f"the {role}'s author, {hinted and row['hint']}|{row['prompt']} -> {solution}")
-    tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
+    with tqdm.get_lock():  # one thread at a time: they share the screen, and the seed of torch
+        row = task.problem(rng)
+        for hinted in (False, False, True, True):
+            solution = task.solution(row, hinted, author, rng)
+            tqdm.write(f"the {role}'s author, {row['prompt']}, hint: {hinted} -> {solution}")
+        torch.manual_seed(config.seed)
+        tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
     model.vocabulary = len(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), f"warm start of the {role}", unit="step"):
@@ -528,10 +535,9 @@ def read_rows(config, pictures=()) -> list[dict]:
     for number, row in enumerate(table, 1):
         for name in ("prompt", "answer", "hint"):
             text = row.get(name)
-            if not isinstance(text, str) or not text and name != "hint":
-                raise UserError(f"--data {path}, row {number}: {name} must be text, not {text!r}")
-        if row.get("image") and not pictures:
-            raise UserError(f"--data {path}: pictures are for tiny_tasks/vision.py")
+            fine = isinstance(text, str) and (text or name == "hint")
+            require(fine, f"--data {path}, row {number}: {name} must be text, not {text!r}")
+        require(pictures or not row.get("image"), f"{path}: pictures are for tiny_tasks/vision.py")
     columns = ("prompt", "answer", "hint", *pictures)
     return [{name: row.get(name) for name in columns} for row in table]
 
@@ -551,18 +557,15 @@ def encode(rows, tokenizer, models, template, see=None):
             shown, ids = render(text, tokenizer)
             if see:  # with a picture: tiny_tasks/vision.py
                 ids = see(row, reads, shown)
-            twin = known.setdefault(tuple(ids), text)
             row[reads] = ids
-            faults = {
-                "a template loses the prompt": row["prompt"].strip() not in shown,
-                "a template loses the hint": hint.strip() not in shown,
-                f"{len(ids)} tokens, but --max_new_tokens leaves {room}": not 0 < len(ids) <= room,
-                "a model lacks one of its tokens": max(ids, default=0) >= model.vocabulary,
-                f"becomes the same tokens as {twin[-60:]!r}": twin != text,
-            }
-            for fault, there in faults.items():
-                if there:
-                    raise UserError(f"prompt {row['prompt'][:60]!r}, {reads}: {fault}")
+            at = f"prompt {row['prompt'][:60]!r}, {reads}"
+            require(row["prompt"].strip() in shown, f"{at}: a template loses the prompt")
+            require(hint.strip() in shown, f"{at}: a template loses the hint")
+            fits = 0 < len(ids) <= room
+            require(fits, f"{at}: {len(ids)} tokens, but --max_new_tokens leaves {room}")
+            require(max(ids) < model.vocabulary, f"{at}: a model lacks one of its tokens")
+            twin = known.setdefault(tuple(ids), text)
+            require(twin == text, f"{at}: becomes the same tokens as {twin[-60:]!r}")
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
@@ -573,11 +576,11 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
         with blame("the student's chat template"):
             turns = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turns, **options)
-    written = tokenizer(text, add_special_tokens=False).input_ids
-    ids = written if tokenizer.chat_template else tokenizer(text).input_ids
-    if ids[-len(written) - 1 : -1] == written:  # and one id more: an end, as of T5
-        ids = ids[:-1]
-    return text, ids
+    options = {"add_special_tokens": not tokenizer.chat_template}
+    prompt = tokenizer(text, return_special_tokens_mask=True, **options)
+    if any(prompt.special_tokens_mask[-1:]):
+        prompt.input_ids.pop()
+    return text, prompt.input_ids
 
 
 def load_model(role, config, dtype, auto) -> tuple:
@@ -585,11 +588,12 @@ def load_model(role, config, dtype, auto) -> tuple:
     with blame(f"--{role} {name}, --device {config.device}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        if loading["missing_keys"]:
-            raise ValueError(f"no weights for {min(loading['missing_keys'])}")
-        if role == "student" and not any(weight.requires_grad for weight in model.parameters()):
-            raise ValueError("nothing in it can learn; merge the adapter first")
-        return tokenizer, model.to(config.device).eval()
+        model = model.to(config.device).eval()
+    missing = sorted(loading["missing_keys"])
+    require(not missing, f"--{role} {name}: no weights for {missing[:1]}")
+    learns = any(weight.requires_grad for weight in model.parameters())
+    require(learns or role == "teacher", f"--{role} {name}: cannot learn; merge its adapter first")
+    return tokenizer, model
 
 
 def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tuple:
@@ -597,21 +601,19 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     and nothing else. The weights of the student are always float32."""
     other, teacher = load_model("teacher", config, config.dtype, auto)
     tokenizer, student = load_model("student", config, "float32", auto)
-    words, others = tokenizer.get_vocab(), other.get_vocab()
-    if words != others:
-        word, _ = min(words.items() ^ others.items(), key=lambda item: item[1])
-        raise UserError(f"--teacher, --student: their tokenizers differ, first in {word!r}")
+    words = tokenizer.get_vocab()
+    differ = sorted((place, word) for word, place in words.items() ^ other.get_vocab().items())
+    require(not differ, f"--teacher, --student: their tokenizers differ, first in {differ[:1]}")
     ends = {other.eos_token_id, tokenizer.eos_token_id}
     for model in (teacher, student):
         ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
     with suppress(Exception):  # a chat template may end answers with a token of its own
         text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")[2]
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        special = [token for token in ids if not tokenizer.decode(token, skip_special_tokens=True)]
-        ends |= {*special[:1]}
-    if ends == {None}:
-        raise UserError("--teacher, --student: neither has an end token")
+        first = tokenizer(text.strip(), add_special_tokens=False).input_ids[0]
+        if not tokenizer.decode(first, skip_special_tokens=True):
+            ends.add(first)
+    require(ends != {None}, "--teacher, --student: neither has an end token")
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     sampling |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
     heights = [model.get_input_embeddings().num_embeddings for model in (teacher, student)]
@@ -630,6 +632,7 @@ def check_scores(model, rows):
     steps = min(4, model.generation_config.max_new_tokens)
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "output_logits": True}
     half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
+    bound = 0.3 if half else 1e-3  # nats; bfloat16 is coarse
     for reads in ("plain", "hinted"):
         policy, ranked = Policy(model, reads), sorted(rows, key=lambda row: len(row[reads]))
         pair = [ranked[0], ranked[-1]]
@@ -640,9 +643,8 @@ def check_scores(model, rows):
         for size in (1, 2):  # alone and together
             change = (score(policy, pair, completions, size)[:] - expected).abs()
             error = (expected.exp() * change).sum(-1).mean().item()
-            if not error < (0.3 if half else 1e-3):  # nats; bfloat16 is coarse
-                fault = f"padding or dropout moves its scores by {error:.2g} nats"
-                raise UserError(f"{model.name_or_path}: not supported, {fault}")
+            fault = f"not supported, padding or dropout moves its scores by {error:.2g} nats"
+            require(error < bound, f"{model.name_or_path}: {fault}")
 
 
 # --- the experiment
@@ -653,10 +655,11 @@ def check(config):
     """Refuses flags and recipes that cannot work, before any time is spent."""
     for name, value in vars(config).items():
         least = {"steps": 0, "seed": 0, "lr": 1e-12}.get(name, 1)
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise UserError(f"--{name} {value}: must be at least {least}")
-    if bool(config.teacher) != bool(config.student) or config.data and not config.teacher:
-        raise UserError("--teacher, --student: give both, or none; --data needs both")
+        fine = type(value) not in (int, float) or least <= value < math.inf
+        require(fine, f"--{name} {value}: must be at least {least}")
+    pair = (config.teacher, config.student)
+    fine = all(pair) or not any([*pair, config.data])
+    require(fine, "--teacher, --student: give both, or none; --data needs both")
     tokens = torch.arange(9) % 5
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
@@ -673,11 +676,11 @@ def split(rows) -> dict[str, list]:
     """By the prompt: none is both trained on and tested."""
     splits = {"train": [], "validation": [], "test": []}
     for row in rows:
-        draw = random.Random(row.get("split_by", row["prompt"])).random()
-        splits["train" if draw < 0.7 else "validation" if draw < 0.85 else "test"].append(row)
+        rng = random.Random(row.get("split_by", row["prompt"]))
+        name = rng.choices([*splits], weights=(70, 15, 15))[0]
+        splits[name].append(row)
     sizes = {name: len(part) for name, part in splits.items()}
-    if not all(sizes.values()):
-        raise UserError(f"too few rows to split: {sizes}")
+    require(all(sizes.values()), f"too few rows to split: {sizes}")
     print("rows:", sizes)
     return splits
 
@@ -694,8 +697,9 @@ def prepare(config, own_data) -> Ready:
     splits = split(rows)
     if not config.teacher:
         held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-        warm_start(task, "teacher", held_out, config)
-        warm_start(task, "student", held_out, config)
+        jobs = [(role, task, held_out, config) for role in ("teacher", "student")]
+        with ThreadPool() as pool:  # both at once
+            pool.starmap(warm_start, jobs)
     # A task may bring its own: see vision.py.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
@@ -709,32 +713,28 @@ def prepare(config, own_data) -> Ready:
 def train(name, ready, log, config):
     """Trains a copy of the student with one recipe."""
     recipe, student = RECIPES[name], copy.deepcopy(ready.student)
-    models = {"student": student, "anchor": student, "teacher": ready.teacher}
-    if recipe.anchor_decay:
-        models["anchor"] = copy.deepcopy(student).requires_grad_(False)
+    anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
+    models = {"student": student, "anchor": anchor, "teacher": ready.teacher}
     policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
     order = random.Random(config.seed).sample(ready.splits["train"], len(ready.splits["train"]))
-
     for step in tqdm(range(config.steps), name, unit="step"):
         torch.manual_seed(config.seed * 10**6 + step)  # seed and step decide every draw
         places = range(step * config.batch_size, (step + 1) * config.batch_size)
         rows = [order[place % len(order)] for place in places]
         cosine = math.cos(math.pi * step / config.steps)
         optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)  # lr to lr / 10
-        line = {"recipe": name, "step": step + 1}
-        line |= distill_step(recipe, policies, optimizer, rows, config)
+        metrics = distill_step(recipe, policies, optimizer, rows, config)
         if 0 < recipe.anchor_decay < 1:
-            averages = models["anchor"].parameters()
-            for average, weight in zip(averages, student.parameters(), strict=True):
+            for average, weight in zip(anchor.parameters(), student.parameters(), strict=True):
                 average.data.lerp_(weight.data, 1 - recipe.anchor_decay)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             validation = ready.splits["validation"][:256]
-            line["validation"] = evaluate(policies["student"], validation, ready, config)
+            metrics["validation"] = evaluate(policies["student"], validation, ready, config)
             with blame(f"--out {config.out}"):
                 student.save_pretrained(f"{config.out}/{name}")
                 ready.tokenizer.save_pretrained(f"{config.out}/{name}")
-        print(json.dumps(line), file=log)
+        print(json.dumps({"recipe": name, "step": step + 1} | metrics), file=log)
     return student
 
 
@@ -756,8 +756,8 @@ def evaluate(policy, rows, ready, config) -> dict[str, float]:
 
 def run(config, own_data=OwnData) -> Ready:
     """Every recipe from the same student. A line of metrics.jsonl is a step, or a final test."""
-    if Path(config.out, "config.json").exists():
-        raise UserError(f"--out {config.out}: holds a run; choose another folder")
+    new = not Path(config.out, "config.json").exists()
+    require(new, f"--out {config.out}: holds a run; choose another folder")
     ready = prepare(config, own_data)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))

@@ -129,17 +129,19 @@ class DOPDTrainer(trl.DistillationTrainer):
         parts, end, size = [], 0, self.args.per_device_train_batch_size
         for i in range(0, len(rows), size):
             ids = completions[i : i + size]
-            start, end = end, end + sum(len(each) for each in ids)
-            own = {name: source.part(start, end) for name, source in sources.items()}
-            parts.append((rows[i : i + size], ids, tokens[start:end], weights[:, start:end], own))
+            start = end
+            end += sum(len(each) for each in ids)
+            part = (rows[i : i + size], ids, tokens[start:end], weights[:, start:end])
+            parts.append((*part, sources, start))
         return {"order": torch.arange(len(parts)), "parts": parts}  # TRL deals out one at a time
 
     def _compute_loss(self, student, inputs: dict, num_items_in_batch) -> tuple:
         """A micro-batch: loss, sum of entropies, tokens."""
-        rows, completions, tokens, weights, sources = inputs["parts"][0]
+        rows, completions, tokens, weights, sources, start = inputs["parts"][0]
         with self.accelerator.autocast():
             logp = self.log_probs("student", "plain", rows, completions)
-            loss = dopd.recipe_loss(self.recipe, logp, sources, weights, self.args.loss_top_k)
+            top_k = self.args.loss_top_k
+            loss = dopd.recipe_loss(self.recipe, logp, sources, weights, top_k, start)
             entropy = dopd.token_scores(logp, tokens).entropy.sum()
         return loss, entropy, tokens.new_tensor(len(tokens))
 
