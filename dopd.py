@@ -159,7 +159,7 @@ CARELESS = WEAK._replace(skips_hinted=0.05, skips=0.05)
 TASKS["shortcut"] = Rules(STRONG._replace(skips_hinted=0.7), CARELESS)
 
 
-class OwnData:  # rows of --data, for real models
+class OwnData:  # --data, for real models
     def __init__(self, config: Config):
         self.hint_template, self.max_new_tokens = config.hint_template, config.max_new_tokens
         with blame(f"--answer_regex {config.answer_regex}"):
@@ -358,7 +358,7 @@ RECIPES["dopd"] = dopd()  # as published
 RECIPES["dopd_frozen"] = dopd(anchor_decay=1.0)
 
 # --- the loss
-AT_ONCE = 512  # tokens whose log-probs (n, V) exist at the same time
+AT_ONCE = 512  # tokens whose log-probs (n, V) exist at once
 
 
 @torch.no_grad()
@@ -446,7 +446,7 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
 
 
 def clip_gradient(model) -> float:
-    """The norm of the gradient, before it is clipped to 1."""
+    """The gradient's norm, before it is clipped to 1."""
     for name, weight in reversed([*model.named_parameters()]):  # as the backward pass meets them
         finite = weight.grad is None or weight.grad.isfinite().all()
         require(finite, f"the gradient is not finite, from {name} on; try a lower --lr")
@@ -454,7 +454,7 @@ def clip_gradient(model) -> float:
 
 
 def examples(names, rows, completions, regimes, scores, every) -> list[dict]:
-    """For the figures: four completions, the regimes of their tokens, and their probabilities."""
+    """For the figures: four completions, the regimes and probabilities of their tokens."""
     shown, lengths = [], [len(ids) for ids in completions]
     for i in range(0, len(rows), every)[:4]:
         kinds = regimes.split(lengths)[i].tolist()
@@ -483,7 +483,7 @@ def tiny_policy(characters: str, layers: int) -> tuple:
 def warm_start(role, task, held_out, config, steps=200):
     """Teaches a tiny model what its author writes, and saves it."""
     rng, author = random.Random(config.seed), getattr(task, role)
-    with tqdm.get_lock():  # one thread at a time: they share the screen, and the seed of torch
+    with tqdm.get_lock():  # one at a time: they share the screen, and the seed of torch
         row = task.problem(rng)
         for hinted in (False, False, True, True):
             solution = task.solution(row, hinted, author, rng)
@@ -515,21 +515,21 @@ def warm_start(role, task, held_out, config, steps=200):
 
 
 # --- rows and models
-READERS = {
-    ".json": lambda path: pandas.read_json(path, dtype=False),
-    ".jsonl": lambda path: pandas.read_json(path, lines=True, dtype=False),
+READERS = {  # JSON Lines as one array: an error then names its line
+    ".json": lambda path: json.loads(path.read_text("utf-8")),
+    ".jsonl": lambda path: json.loads(f"[{','.join(path.open(encoding='utf-8'))}]"),
     ".csv": lambda path: pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False),
     ".parquet": pandas.read_parquet,
 }
 
 
 def read_rows(config, pictures=()) -> list[dict]:
-    """The rows of --data: three texts each, as they stand in the file, and the named pictures."""
+    """The rows of --data: three texts each, as they stand there, and the named pictures."""
     path = Path(config.data)
     with blame(f"--data {path}"), warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a row with a comma too many
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a comma too many
         if path.suffix in READERS:
-            table = READERS[path.suffix](path).to_dict("records")
+            table = pandas.DataFrame(READERS[path.suffix](path)).to_dict("records")
         else:
             table = datasets.load_dataset(config.data, split="train").to_list()
     for number, row in enumerate(table, 1):
@@ -598,7 +598,7 @@ def load_model(role, config, dtype, auto) -> tuple:
 
 def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tuple:
     """Tokenizer, teacher and student, with one vocabulary, which sample from their own distribution
-    and nothing else. The weights of the student are always float32."""
+    and nothing else. The student's weights are always float32."""
     other, teacher = load_model("teacher", config, config.dtype, auto)
     tokenizer, student = load_model("student", config, "float32", auto)
     words = tokenizer.get_vocab()
@@ -608,7 +608,7 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     for model in (teacher, student):
         ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
-    with suppress(Exception):  # a chat template may end answers with a token of its own
+    with suppress(Exception):  # a chat template may end answers in its own way
         text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")[2]
         first = tokenizer(text.strip(), add_special_tokens=False).input_ids[0]
         if not tokenizer.decode(first, skip_special_tokens=True):
@@ -700,7 +700,7 @@ def prepare(config, own_data) -> Ready:
         jobs = [(role, task, held_out, config) for role in ("teacher", "student")]
         with ThreadPool() as pool:  # both at once
             pool.starmap(warm_start, jobs)
-    # A task may bring its own: see vision.py.
+    # A task may bring its own: vision.py.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
     if config.data:
@@ -778,7 +778,7 @@ def run(config, own_data=OwnData) -> Ready:
 
 # --- the command line
 def main(argv, own_data=OwnData):
-    """`own_data`: the class that reads --data and grades its completions."""
+    """`own_data`: reads --data and grades its completions."""
     if hasattr(sys.stdout, "reconfigure"):  # an odd terminal must not end a run
         sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()

@@ -800,7 +800,7 @@ BAD = {  # flags: words of the line
     "PAIR --data special.jsonl": "<|im_end|>",
     "PAIR --data long.jsonl --teacher short": "tokens",
     "PAIR --data gone.jsonl": "gone.jsonl",
-    "PAIR --data broken.jsonl": "--data broken.jsonl",
+    "PAIR --data broken.jsonl": "--data broken.jsonl line 2",
 }
 
 
@@ -817,7 +817,7 @@ def test_bad_input(flags, pair, capsys, monkeypatch):
         write_rows(
             f"{name}.jsonl", [*SUMS, {"prompt": "Why?", "answer": "4", "hint": "so"} | change]
         )
-    Path("broken.jsonl").write_text('{"prompt": "Why?", ')
+    Path("broken.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "Why?", ')
     for name in {*MODELS} & {*argv}:
         model, tokenizer = tiny(**MODELS[name]), bpe()
         if name == "cut":  # one of its weights is missing
