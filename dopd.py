@@ -24,7 +24,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,7 +264,8 @@ def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
 # --- divergences
 def reverse_kl(student: Tensor, source: Tensor) -> Tensor:
     """KL(student || source), log-probs (..., V) -> (...): avoid what the source finds unlikely."""
-    return (student.exp() * (student - source).masked_fill(student == -math.inf, 0)).sum(-1)
+    ratio = (student - source).masked_fill(student == -math.inf, 0)  # since 0 * log 0 is 0
+    return (student.exp() * ratio).sum(-1)
 
 
 def js_divergence(student: Tensor, source: Tensor) -> Tensor:
@@ -366,9 +366,9 @@ def token_scores(logp, tokens: Tensor) -> Scores:
     """From LogProbs or a tensor (N, V), and the sampled tokens (N,)."""
     sampled, entropies = [], []
     for index in torch.arange(len(tokens), device=tokens.device).split(AT_ONCE):
-        rows = logp[index]  # (n, V)
-        sampled.append(rows.gather(1, tokens[index, None])[:, 0])
-        entropies.append(torch.special.entr(rows.exp()).sum(-1))
+        part = logp[index]  # (n, V)
+        sampled.append(part.gather(1, tokens[index, None])[:, 0])
+        entropies.append(torch.special.entr(part.exp()).sum(-1))
     return Scores(torch.cat(sampled), torch.cat(entropies))
 
 
@@ -453,10 +453,10 @@ def clip_gradient(model) -> float:
     return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
 
 
-def examples(names, rows, completions, regimes, scores, every) -> list[dict]:
+def examples(names, rows, completions, regimes, scores, rollouts) -> list[dict]:
     """For the figures: four completions, the regimes and probabilities of their tokens."""
     shown, lengths = [], [len(ids) for ids in completions]
-    for i in range(0, len(rows), every)[:4]:
+    for i in range(0, len(rows), rollouts)[:4]:
         kinds = regimes.split(lengths)[i].tolist()
         example = {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
         example |= {"ids": completions[i], "regimes": [names.get(kind, "-") for kind in kinds]}
@@ -483,24 +483,26 @@ def tiny_policy(characters: str, layers: int) -> tuple:
 def warm_start(role, task, held_out, config, steps=200):
     """Teaches a tiny model what its author writes, and saves it."""
     rng, author = random.Random(config.seed), getattr(task, role)
-    with tqdm.get_lock():  # one at a time: they share the screen, and the seed of torch
-        row = task.problem(rng)
-        for hinted in (False, False, True, True):
-            solution = task.solution(row, hinted, author, rng)
-            tqdm.write(f"the {role}'s author, {row['prompt']}, hint: {hinted} -> {solution}")
-        torch.manual_seed(config.seed)
-        tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
+    row = task.problem(rng)
+    for hinted in (False, False, True, True):
+        solution = task.solution(row, hinted, author, rng)
+        print(f"the {role}'s author, {row['prompt']}, hint: {hinted} -> {solution}")
+    torch.manual_seed(config.seed)
+    tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
     model.vocabulary = len(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), f"warm start of the {role}", unit="step"):
         rows, texts, solutions = [], [], []
         while len(rows) < 128:
-            row, hinted = task.problem(rng), rng.random() < author.hinted
+            row = task.problem(rng)
+            hinted = rng.random() < author.hinted
             if row["prompt"] not in held_out:
-                rows.append(row | {"is_hinted": hinted})
+                rows.append(row | {"is_hinted": hinted})  # for vision.py
                 texts.append(task.hint_template.format(**row) if hinted else row["prompt"])
                 solutions.append(task.solution(row, hinted, author, rng) + "<eos>")
-        prompts, completions = tokenizer(texts).input_ids, tokenizer(solutions).input_ids
+        with blame(f"--task {config.task}: do its `characters` have all"):
+            prompts = tokenizer(texts).input_ids
+            completions = tokenizer(solutions).input_ids
         rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
         tokens = torch.cat([torch.tensor(ids) for ids in completions])
@@ -552,19 +554,18 @@ def encode(rows, tokenizer, models, template, see=None):
         known = {}
         for row in rows:
             hint = row["hint"] if reads == "hinted" else ""
-            with blame(f"--hint_template {template}"):
+            at = f"prompt {row['prompt'][:60]!r}, {reads}"
+            with blame(f"{at}: --hint_template, tokenizer or chat template"):
                 text = template.format(**row) if hint else row["prompt"]
-            shown, ids = render(text, tokenizer)
-            if see:  # with a picture: tiny_tasks/vision.py
+                shown, ids = render(text, tokenizer)
+            if see:  # of vision.py
                 ids = see(row, reads, shown)
             row[reads] = ids
-            at = f"prompt {row['prompt'][:60]!r}, {reads}"
             require(row["prompt"].strip() in shown, f"{at}: a template loses the prompt")
             require(hint.strip() in shown, f"{at}: a template loses the hint")
-            fits = 0 < len(ids) <= room
-            require(fits, f"{at}: {len(ids)} tokens, but --max_new_tokens leaves {room}")
+            require(0 < len(ids) <= room, f"{at}: {len(ids)} tokens, --max_new_tokens left {room}")
             require(max(ids) < model.vocabulary, f"{at}: a model lacks one of its tokens")
-            twin = known.setdefault(tuple(ids), text)
+            twin = known.setdefault(tuple(ids), text)  # a tokenizer may lose characters
             require(twin == text, f"{at}: becomes the same tokens as {twin[-60:]!r}")
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
@@ -573,9 +574,8 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
     """A prompt as the policies read it, and its ids, without an end that its tokenizer adds."""
     if tokenizer.chat_template:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        with blame("the student's chat template"):
-            turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, **options)
+        turns = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turns, **options)
     options = {"add_special_tokens": not tokenizer.chat_template}
     prompt = tokenizer(text, return_special_tokens_mask=True, **options)
     if any(prompt.special_tokens_mask[-1:]):
@@ -602,6 +602,7 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     other, teacher = load_model("teacher", config, config.dtype, auto)
     tokenizer, student = load_model("student", config, "float32", auto)
     words = tokenizer.get_vocab()
+    # What only one of the two has:
     differ = sorted((place, word) for word, place in words.items() ^ other.get_vocab().items())
     require(not differ, f"--teacher, --student: their tokenizers differ, first in {differ[:1]}")
     ends = {other.eos_token_id, tokenizer.eos_token_id}
@@ -660,7 +661,7 @@ def check(config):
     pair = (config.teacher, config.student)
     fine = all(pair) or not any([*pair, config.data])
     require(fine, "--teacher, --student: give both, or none; --data needs both")
-    tokens = torch.arange(9) % 5
+    tokens = torch.arange(9) % 5  # of two completions, 4 and 5 tokens long
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
         recipe = RECIPES[name]
@@ -697,9 +698,8 @@ def prepare(config, own_data) -> Ready:
     splits = split(rows)
     if not config.teacher:
         held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
-        jobs = [(role, task, held_out, config) for role in ("teacher", "student")]
-        with ThreadPool() as pool:  # both at once
-            pool.starmap(warm_start, jobs)
+        warm_start("teacher", task, held_out, config)
+        warm_start("student", task, held_out, config)
     # A task may bring its own: vision.py.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
@@ -745,7 +745,7 @@ def evaluate(policy, rows, ready, config) -> dict[str, float]:
     completions, grades = rollout(policy, rows, config.micro_batch), []
     for row, ids in zip(rows, completions, strict=True):
         grade = ready.task.grade(row, ready.tokenizer.decode(ids, skip_special_tokens=True))
-        if "exact match" in grade:  # not if it was cut off
+        if "exact match" in grade:  # what was cut off is wrong
             grade["exact match"] &= ids[-1] in policy.model.generation_config.eos_token_id
         grades.append(grade)
     tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(policy.model.device)
@@ -763,7 +763,7 @@ def run(config, own_data=OwnData) -> Ready:
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
     models = {"student before": ready.student, "teacher": ready.teacher}
     recipes = dict.fromkeys(config.recipe) if config.steps else ()
-    half = config.dtype == "bfloat16"  # matrix products; a cache would serve old weights
+    half = config.dtype == "bfloat16"  # below without a cache, which would serve old weights
     autocast = torch.autocast(ready.student.device.type, torch.bfloat16, half, cache_enabled=False)
     rows = ready.splits["test"][: config.test_prompts]
     with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:

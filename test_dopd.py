@@ -804,6 +804,21 @@ BAD = {  # flags: words of the line
 }
 
 
+class Short(dopd.Rules):
+    characters = "01"
+
+
+def test_characters_that_a_tokenizer_lacks(capsys, monkeypatch):
+    """Of a new task, and of a pair. Catches a traceback."""
+    monkeypatch.setitem(dopd.TASKS, "short", Short(*RULES))
+    assert "--task short" in refused("--task short --out tiny".split(), capsys)
+    tokenizer, model = dopd.tiny_policy("Whatis ", 1)
+    save("pair", model, tokenizer)
+    write_rows("sums.jsonl", SUMS)
+    line = refused("--teacher pair --student pair --data sums.jsonl".split(), capsys)
+    assert "prompt 'What is" in line and "--hint_template" in line
+
+
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input(flags, pair, capsys, monkeypatch):
     """Exit code 2, and one line that names it. Catches a traceback, or a run in spite of it."""
