@@ -54,7 +54,7 @@ class Config:
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
     batch_size: int = flag(32, "prompts per optimizer step; paper: 128")
     rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
-    micro_batch: int = flag(10_000, "completions per forward pass")
+    micro_batch: int = flag(10_000, "completions per forward pass; sampled: 8 times as many")
     lr: float = flag(2e-4, "peak learning rate, cosine to a tenth; paper: 5e-6")
     top_k: int = flag(4, "words of the top-K support; paper: 128")
     teacher: str = flag("", "Hugging Face model, or a folder; empty: a tiny one")
@@ -413,7 +413,7 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     rows = [row for row in rows for _ in range(config.rollouts)]
 
     # 1. The student samples its own completions, without the hint.
-    completions = rollout(student, rows, size)
+    completions = rollout(student, rows, 8 * size)
     tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(student.model.device)  # (N,)
     lengths = torch.tensor([len(ids) for ids in completions], device=tokens.device)  # (B,)
 
@@ -742,10 +742,10 @@ def train(name, ready, log, config):
 def evaluate(policy, rows, ready, config) -> dict[str, float]:
     """Mean grades of a sampled completion per row, and mean entropy of its tokens (nats)."""
     torch.manual_seed(config.seed)
-    completions, grades = rollout(policy, rows, config.micro_batch), []
+    completions, grades = rollout(policy, rows, 8 * config.micro_batch), []
     for row, ids in zip(rows, completions, strict=True):
         grade = ready.task.grade(row, ready.tokenizer.decode(ids, skip_special_tokens=True))
-        if "exact match" in grade:  # what was cut off is wrong
+        if "exact match" in grade:  # cut off is wrong
             grade["exact match"] &= ids[-1] in policy.model.generation_config.eos_token_id
         grades.append(grade)
     tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(policy.model.device)
