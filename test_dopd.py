@@ -719,8 +719,8 @@ def test_a_completion_ends_where_the_template_ends_a_turn():
     """Catches a student that goes on after its answer: no tokenizer and no checkpoint has 2; and a
     word of the template taken for an end."""
     odd = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
-    words = {"a": bpe(), "b": bpe(None), "c": bpe(odd), "d": bpe(odd.replace("}}", "}}!"))}
-    for (name, words), ends in zip(words.items(), ([0, 2], [0], [0], [0]), strict=True):
+    given = {"a": bpe(), "b": bpe(None), "c": bpe(odd), "d": bpe(odd.replace("}}", "}}!"))}
+    for (name, words), ends in zip(given.items(), ([0, 2], [0], [0], [0]), strict=True):
         _, *both = load(save(name, tiny(height=300), words))
         assert [model.generation_config.eos_token_id for model in both] == [ends] * 2
 
