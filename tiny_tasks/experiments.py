@@ -210,7 +210,7 @@ def watched(distill_step):
         if recipe.anchor_decay > 1 and done % recipe.anchor_decay == 0:
             anchor.model.load_state_dict(policies["student"].model.state_dict())
         metrics = distill_step(recipe, policies, optimizer, rows, config)
-        if done % 10 == 9 and first:  # it is gone after an interruption
+        if done % 10 == 9:
             completions = [example["ids"] for example in metrics["rollouts"]]
             with torch.no_grad():
                 now = dopd.score(anchor, rows[:4], completions)[:]
@@ -222,7 +222,7 @@ def watched(distill_step):
 
 
 def grade_all(ready, config) -> dict:
-    """The final test of every policy, with finer grades from the students that are saved."""
+    """The final test of every policy, and finer grades."""
     loading = getattr(ready.task, "load", dopd.load)
     known, grades = {}, {}
     for line in Path(config.out, "metrics.jsonl").read_text().splitlines():
@@ -470,7 +470,7 @@ def write_tables(frames: dict) -> None:
     frames["situations"] = pandas.concat([frames["situations"], frames["agree_30"]])
     tables["summary"] = summary(frames["situations"])
     new = frames["situations"][frames["situations"].seed > 2]  # agree_30 was chosen on 0 to 2
-    tables["summary, new seeds"] = summary(new)
+    tables["summary, new seeds"] = summary(new).head(4)
     whole = frames["situations"][frames["situations"].method == "agree"]
     whole = whole[whole.setting.isin(EXPERIMENTS["agree_parts"].settings) & (whole.seed < 3)]
     frames["agree_parts"] = pandas.concat([whole, frames["agree_parts"]])
@@ -598,7 +598,7 @@ def draw() -> None:
 # --- 8. the command line
 def launch(job: tuple) -> None:
     """Its log.txt has what a run prints. One that fails does not end the others."""
-    shutil.rmtree(folder_of(*job), ignore_errors=True)  # what an interrupted run left
+    shutil.rmtree(folder_of(*job), ignore_errors=True)
     folder_of(*job).mkdir(parents=True)
     with open(folder_of(*job) / "log.txt", "a") as log:
         command = [sys.executable, __file__, "--run", *map(str, job)]
