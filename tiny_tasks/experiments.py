@@ -564,7 +564,7 @@ def draw_seeds(frame, values: list, label: str, name: str, **axes) -> None:
 
 
 def draw_map(frame):
-    """By how often teacher and student leave out the steps."""
+    """By how often both leave out the steps."""
     x, y = "teacher skips, with the hint", "student skips"
     frame[[x, y]] = frame.setting.str.split(" ", expand=True)
     exact = {name: part.pivot_table("exact match", y, x) for name, part in frame.groupby("method")}
