@@ -500,7 +500,7 @@ def warm_start(role, task, held_out, config, steps=200):
                 rows.append(row | {"is_hinted": hinted})  # for vision.py
                 texts.append(task.hint_template.format(**row) if hinted else row["prompt"])
                 solutions.append(task.solution(row, hinted, author, rng) + "<eos>")
-        with blame(f"--task {config.task}: do its `characters` have all"):
+        with blame(f"--task {config.task}: its `characters` lack one"):
             prompts = tokenizer(texts).input_ids
             completions = tokenizer(solutions).input_ids
         rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
