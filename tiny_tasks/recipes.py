@@ -90,7 +90,7 @@ def agree(threshold: float = 0.5, gap_of=torch.exp, student_may_teach: bool = Tr
 
 
 RECIPES["agree"] = agree()
-RECIPES["agree_30"] = agree(0.3)  # better, as we saw afterwards: see results/README.md
+RECIPES["agree_30"] = agree(0.3)  # the best of all here: see results/README.md
 
 
 # --- other papers
