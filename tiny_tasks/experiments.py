@@ -112,7 +112,6 @@ AGREE_PARTS = {
     "agree, slow anchor": AGREE._replace(anchor_decay=0.99),
     "agree, no teacher": AGREE._replace(terms=AGREE.terms[:2]),  # such tokens teach nothing
     "agree, no student": recipes.agree(student_may_teach=False),
-    "agree, below 0.3": RECIPES["agree_30"],
     "agree, below 0.7": recipes.agree(threshold=0.7),
     "agree, paper's terms": AGREE._replace(terms=paper),
 }
@@ -152,7 +151,7 @@ for task in BOTH:
 EXPERIMENTS = {
     "situations": Experiment({name: {"task": name} for name in SITUATIONS}, METHODS, range(5)),
     "agree_parts": Experiment({name: every[name] for name in five}, [*AGREE_PARTS]),
-    "agree_30": Experiment(every, ["agree, below 0.3"], range(5)),
+    "agree_30": Experiment(every, ["agree_30"], range(5)),
     "papers_rate": Experiment(papers, ["dopd"]),
     "renewed": Experiment(renewed, ["dopd_frozen", "agree", *RENEWED]),
     "long": Experiment(long, ["opd", "privileged_opd", "opsd", "dopd", "dopd_frozen", "agree"]),
@@ -472,7 +471,7 @@ def write_tables(frames: dict) -> None:
     tables = {"claims": claims(frames), "bookkeeping": bookkeeping(frames)}
     frames["situations"] = pandas.concat([frames["situations"], frames["agree_30"]])
     tables["summary"] = summary(frames["situations"])
-    whole = frames["situations"][frames["situations"].method == "agree"]
+    whole = frames["situations"][frames["situations"].method.isin(["agree", "agree_30"])]
     whole = whole[whole.setting.isin(EXPERIMENTS["agree_parts"].settings) & (whole.seed < 3)]
     frames["agree_parts"] = pandas.concat([whole, frames["agree_parts"]])
     for name, frame in frames.items():
