@@ -264,8 +264,8 @@ def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
 # --- divergences
 def reverse_kl(student: Tensor, source: Tensor) -> Tensor:
     """KL(student || source), log-probs (..., V) -> (...): avoid what the source finds unlikely."""
-    ratio = (student - source).masked_fill(student == -math.inf, 0)  # since 0 * log 0 is 0
-    return (student.exp() * ratio).sum(-1)
+    log_ratio = (student - source).masked_fill(student == -math.inf, 0)  # since 0 * log 0 is 0
+    return (student.exp() * log_ratio).sum(-1)
 
 
 def js_divergence(student: Tensor, source: Tensor) -> Tensor:
