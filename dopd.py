@@ -24,11 +24,11 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import numpy
 import pandas
 import regex
 import tokenizers
@@ -52,7 +52,7 @@ class Config:
     recipe: list[str] = flag(None, "methods to compare; all four by default", choices=RECIPES)
     seed: int = flag(0, "of all random draws")
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
-    batch_size: int = flag(32, "prompts per optimizer step; paper: 128")
+    batch_size: int = flag(16, "prompts per optimizer step; paper: 128")
     rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
     micro_batch: int = flag(10_000, "completions per forward pass; sampled: 8 times as many")
     lr: float = flag(2e-4, "peak learning rate, cosine to a tenth; paper: 5e-6")
@@ -252,7 +252,8 @@ def sample(policy: Policy, rows, **options):
 @torch.no_grad()
 def rollout(policy: Policy, rows: list[dict], size=10_000) -> list[list[int]]:
     """One completion per row, up to and including its end token. For the temperature see `load`."""
-    ends, completions = policy.model.generation_config.eos_token_id, []
+    ends = policy.model.generation_config.eos_token_id
+    completions = []
     for i in range(0, len(rows), size):
         sampled, begin = sample(policy, rows[i : i + size])
         for tokens in sampled[:, begin:].tolist():
@@ -352,8 +353,9 @@ def dopd(beta_light=0.6, beta_weak=0.3, anchor_decay=0.0) -> Recipe:
     return Recipe(terms, route, ("privileged_teacher", "privileged_student"), anchor_decay)
 
 
-for name, source in (("opd", "teacher"), ("privileged_opd", "privileged_teacher")):
-    RECIPES[name] = Recipe([Term(Regime.ALL, source, "reverse_kl", "full", 1.0)])
+on_every_token = Term(Regime.ALL, "teacher", "reverse_kl", "full", 1.0)
+RECIPES["opd"] = Recipe([on_every_token])
+RECIPES["privileged_opd"] = Recipe([on_every_token._replace(source="privileged_teacher")])
 RECIPES["dopd"] = dopd()  # as published
 RECIPES["dopd_frozen"] = dopd(anchor_decay=1.0)
 
@@ -607,20 +609,16 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     require(not differ, f"--teacher, --student: their tokenizers differ, first in {differ[:1]}")
     ends = {other.eos_token_id, tokenizer.eos_token_id}
     for model in (teacher, student):
-        ends |= {*numpy.ravel(model.generation_config.eos_token_id).tolist()}  # none, one or some
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "(answer)"}]
-    with suppress(Exception):  # a chat template may end answers in its own way
-        text = tokenizer.apply_chat_template(turns, tokenize=False).partition("(answer)")[2]
-        first = tokenizer(text.strip(), add_special_tokens=False).input_ids[0]
-        if not tokenizer.decode(first, skip_special_tokens=True):
-            ends.add(first)
+        known = model.generation_config.eos_token_id  # none, one or some
+        ends.update(known if isinstance(known, list) else [known])
     require(ends != {None}, "--teacher, --student: neither has an end token")
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     sampling |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
     heights = [model.get_input_embeddings().num_embeddings for model in (teacher, student)]
+    last = max(words.values())  # id of a word
     for model, height in zip((teacher, student), heights, strict=True):
         # A table may have rows beyond the words: they are neither scored nor sampled.
-        model.vocabulary = min(max(words.values()) + 1, *heights)
+        model.vocabulary = min(last + 1, *heights)
         sampling["suppress_tokens"] = [*range(model.vocabulary, height)] or None
         model.generation_config = transformers.GenerationConfig(**sampling)
     return tokenizer, teacher.requires_grad_(False), student
@@ -717,11 +715,11 @@ def train(name, ready, log, config):
     models = {"student": student, "anchor": anchor, "teacher": ready.teacher}
     policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
-    order = random.Random(config.seed).sample(ready.splits["train"], len(ready.splits["train"]))
+    rows = ready.splits["train"]
+    prompts = cycle(random.Random(config.seed).sample(rows, len(rows)))  # in random order
     for step in tqdm(range(config.steps), name, unit="step"):
         torch.manual_seed(config.seed * 10**6 + step)  # seed and step decide every draw
-        places = range(step * config.batch_size, (step + 1) * config.batch_size)
-        rows = [order[place % len(order)] for place in places]
+        rows = [*islice(prompts, config.batch_size)]
         cosine = math.cos(math.pi * step / config.steps)
         optimizer.param_groups[0]["lr"] = config.lr * (0.55 + 0.45 * cosine)  # lr to lr / 10
         metrics = distill_step(recipe, policies, optimizer, rows, config)
@@ -742,11 +740,14 @@ def train(name, ready, log, config):
 def evaluate(policy, rows, ready, config) -> dict[str, float]:
     """Mean grades of a sampled completion per row, and mean entropy of its tokens (nats)."""
     torch.manual_seed(config.seed)
-    completions, grades = rollout(policy, rows, 8 * config.micro_batch), []
+    completions = rollout(policy, rows, 8 * config.micro_batch)
+    ends = policy.model.generation_config.eos_token_id
+    grades = []
     for row, ids in zip(rows, completions, strict=True):
         grade = ready.task.grade(row, ready.tokenizer.decode(ids, skip_special_tokens=True))
-        if "exact match" in grade:  # cut off is wrong
-            grade["exact match"] &= ids[-1] in policy.model.generation_config.eos_token_id
+        grade["ended"] = ids[-1] in ends  # by itself, not at --max_new_tokens
+        if "exact match" in grade:
+            grade["exact match"] &= grade["ended"]
         grades.append(grade)
     tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(policy.model.device)
     scores = token_scores(score(policy, rows, completions, config.micro_batch), tokens)
@@ -761,14 +762,14 @@ def run(config, own_data=OwnData) -> Ready:
     ready = prepare(config, own_data)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
-    models = {"student before": ready.student, "teacher": ready.teacher}
+    untrained = {"student before": ready.student, "teacher": ready.teacher}
     recipes = dict.fromkeys(config.recipe) if config.steps else ()
     half = config.dtype == "bfloat16"  # below without a cache, which would serve old weights
     autocast = torch.autocast(ready.student.device.type, torch.bfloat16, half, cache_enabled=False)
     rows = ready.splits["test"][: config.test_prompts]
     with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:
-        for name in (*models, *recipes):
-            model = models.get(name) or train(name, ready, log, config)
+        for name in (*untrained, *recipes):
+            model = untrained[name] if name in untrained else train(name, ready, log, config)
             for label, reads in ((name, "plain"), (f"{name}, with the hint", "hinted")):
                 grades = evaluate(Policy(model, reads), rows, ready, config)
                 print(json.dumps({"tested": label, "test": grades}), file=log)
@@ -782,10 +783,9 @@ def main(argv, own_data=OwnData):
     if hasattr(sys.stdout, "reconfigure"):  # an odd terminal must not end a run
         sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()
-    usage = "python dopd.py [--flag value ...]"
-    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, usage="python dopd.py [...]", allow_abbrev=False)
     config = Config(**vars(parser.parse_args(argv)))
-    config.recipe = config.recipe or [*RECIPES][:4]
+    config.recipe = config.recipe or ["opd", "privileged_opd", "dopd", "dopd_frozen"]
     config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")
     try:
         check(config)

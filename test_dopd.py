@@ -554,11 +554,12 @@ def test_a_completion_that_was_cut_off_is_wrong(pair, monkeypatch):
     """Catches an answer that happens to be right where max_new_tokens ended the completion."""
     tokenizer, teacher, student = load(pair / "teacher", pair / "student")
     ready = dopd.Ready(dopd.OwnData(Config()), {}, tokenizer, teacher, student)
-    completions = tokenizer(["four", "four<|endoftext|>"]).input_ids
+    completions = tokenizer(["four", "four<|endoftext|>", "five<|endoftext|>"]).input_ids
     monkeypatch.setattr(dopd, "rollout", lambda *_: completions)
-    rows = [ROWS[0] | {"answer": "four"}] * 2
+    rows = [ROWS[0] | {"answer": "four"}] * 3
     grades = dopd.evaluate(Policy(student, "plain"), rows, ready, Config())
-    assert grades["exact match"] == 0.5
+    assert grades["exact match"] == pytest.approx(1 / 3)
+    assert grades["ended"] == pytest.approx(2 / 3)
 
 
 # --- whole runs
@@ -715,13 +716,15 @@ def test_tokenizers_with_habits():
             assert rows[0]["plain"] == plain(text).input_ids
 
 
-def test_a_completion_ends_where_the_template_ends_a_turn():
-    """Catches a student that goes on after its answer: no tokenizer and no checkpoint has 2; and a
-    word of the template taken for an end."""
-    odd = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
-    given = {"a": bpe(), "b": bpe(None), "c": bpe(odd), "d": bpe(odd.replace("}}", "}}!"))}
-    for (name, words), ends in zip(given.items(), ([0, 2], [0], [0], [0]), strict=True):
-        _, *both = load(save(name, tiny(height=300), words))
+def test_the_end_tokens_of_both_models_end_a_completion():
+    """Catches a student that goes on after its answer, since only the teacher knows how it ends."""
+    for teacher, student, ends in ((2, None, [0, 2]), ([2, 5], 3, [0, 2, 3, 5])):
+        folders = []
+        for name, known in (("teacher", teacher), ("student", student)):
+            model = tiny()
+            model.generation_config.eos_token_id = known
+            folders.append(save(name, model))
+        _, *both = load(*folders)
         assert [model.generation_config.eos_token_id for model in both] == [ends] * 2
 
 

@@ -165,7 +165,8 @@ def folder_of(name: str, setting: str, seed: int) -> Path:
 
 
 def config_of(name: str, setting: str, seed: int):
-    flags = {**EXPERIMENTS[name].settings[setting], "out": str(folder_of(name, setting, seed))}
+    flags = {"batch_size": 32, "out": str(folder_of(name, setting, seed))}
+    flags |= EXPERIMENTS[name].settings[setting]
     for role in ("teacher", "student"):
         flags[role] = flags.get(role, "").format(seed=seed)
     return dopd.Config(recipe=EXPERIMENTS[name].methods, seed=seed, **flags)

@@ -38,6 +38,8 @@ COLUMNS = """
 - exact match: share of right completions that ended by themselves, sampled without the hint
 - with the hint: the same, when the policy may read the hint
 - skips: share of completions that leave out the steps and write only the last value
+- ended: share of completions that ended by themselves, not at --max_new_tokens
+  (low: raise it, or check the end tokens in the generation_config.json of both models)
 - entropy: of the prediction of the next token, in nats; near 0 the policy is sure of everything
 
 What to look for: does a student end above `opd`, whose teacher reads no hint? Does it skip like the
@@ -68,9 +70,10 @@ def result_tables(tested: list[dict], recipes: list[str]) -> list[Table]:
     grades = {row["tested"]: row["test"] for row in tested}
     before = ["student before", "teacher", "teacher, with the hint"]
     after = [name for name in recipes if name in grades]
+    third = "skips" if "skips" in grades["teacher"] else "ended"
     tables = []
     for head, names in (("tested as it is", before), ("student trained with", after)):
-        columns = ("exact match", "with the hint", "skips", "entropy")
+        columns = ("exact match", "with the hint", third, "entropy")
         table = Table(head, *columns, box=box.MARKDOWN)
         for name in names:
             hinted = grades.get(f"{name}, with the hint", {})
