@@ -783,7 +783,7 @@ def main(argv, own_data=OwnData):
     if hasattr(sys.stdout, "reconfigure"):  # an odd terminal must not end a run
         sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()
-    parser = transformers.HfArgumentParser(Config, usage="python dopd.py [...]", allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, usage="dopd.py [--flags]", allow_abbrev=False)
     config = Config(**vars(parser.parse_args(argv)))
     config.recipe = config.recipe or ["opd", "privileged_opd", "dopd", "dopd_frozen"]
     config.out = config.out or time.strftime("runs/%Y%m%d-%H%M%S")

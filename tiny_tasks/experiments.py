@@ -4,7 +4,7 @@
     python tiny_tasks/experiments.py situations           # names of EXPERIMENTS
     python tiny_tasks/experiments.py --draw situations    # only draw what is finished
 
-A run is one seed of one setting, in runs/NAME/SETTING-seedN. A finished run is not repeated; an
+A run is one seed of one setting, in runs/NAME/SETTING-seedN. A finished run is skipped; an
 interrupted one begins again. To add a method or a situation: a line in RECIPES or TASKS, and its
 name in METHODS or SITUATIONS.
 """
@@ -328,7 +328,7 @@ def tokens_of(settings: list):
 
 
 def landed():
-    """Tokens per kind and regime, and how many both privileged policies find unlikely."""
+    """Tokens per kind and regime, and how many both policies find unlikely."""
     frame = tokens_of(["shortcut", "rules", "mistaken"])
     frame["both unlikely"] = (frame.teacher < 0.1) & (frame.student < 0.1)
     by = frame.groupby(["setting", "method", "kind", "regime"])["both unlikely"]
@@ -469,12 +469,8 @@ def bookkeeping(frames: dict):
 
 def write_tables(frames: dict) -> None:
     """Every table between <!-- NAME --> and <!-- /NAME --> in both READMEs."""
-    tables = {"claims": claims(frames), "bookkeeping": bookkeeping(frames)}
-    frames["situations"] = pandas.concat([frames["situations"], frames["agree_30"]])
-    tables["summary"] = summary(frames["situations"])
-    whole = frames["situations"][frames["situations"].method.isin(["agree", "agree_30"])]
-    whole = whole[whole.setting.isin(EXPERIMENTS["agree_parts"].settings) & (whole.seed < 3)]
-    frames["agree_parts"] = pandas.concat([whole, frames["agree_parts"]])
+    tables = {"claims": claims(frames), "summary": summary(frames["situations"])}
+    tables["bookkeeping"] = frames["bookkeeping"]
     for name, frame in frames.items():
         if "commit" in frame:
             table = grid(frame)
@@ -580,6 +576,12 @@ def draw() -> None:
     """All figures and tables."""
     files = sorted(RESULTS.glob("*.csv"))
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in files}
+    frames["bookkeeping"] = bookkeeping(frames)
+    both = pandas.concat([frames["situations"], frames["agree_30"]])
+    both = both.drop_duplicates(["setting", "method", "seed"])
+    frames["situations"] = both
+    agree = both.query("method in ['agree', 'agree_30'] and setting in @five and seed < 3")
+    frames["agree_parts"] = pandas.concat([agree, frames["agree_parts"]])
     write_tables(frames)
     seaborn.set_theme(style="whitegrid")
     draw_situations(frames["situations"])
@@ -598,7 +600,7 @@ def draw() -> None:
 
 # --- 8. the command line
 def launch(job: tuple) -> None:
-    """Its log.txt has what a run prints. One that fails does not end the others."""
+    """log.txt has what a run prints. One that fails does not end the others."""
     shutil.rmtree(folder_of(*job), ignore_errors=True)
     folder_of(*job).mkdir(parents=True)
     with open(folder_of(*job) / "log.txt", "a") as log:
