@@ -493,7 +493,7 @@ def write_tables(frames: dict) -> None:
 
 # --- 7. figures
 def heat(axis, exact, opd, best) -> None:
-    """A heat map. The best is framed; what is below opd is hatched."""
+    """The best is framed; what is below opd is hatched."""
     shown = {"annot": True, "fmt": ".2f", "vmin": 0, "vmax": 1, "cmap": "viridis"}
     seaborn.heatmap(exact, ax=axis, cbar=False, **shown)
     below = {"hatch": "//", "edgecolor": "#ffffff70"}
