@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,12 +108,13 @@ class Rules(NamedTuple):
     hint_template: str = "{hint}|{prompt}"
     max_new_tokens: int = 7
     length: int = 3  # names in a prompt
-    characters = "0123456789=|abcdefghijklm"
+    characters = "0123456789=|abcdefghijklm"  # from here on no fields: the same for all
     stable = dict(a=3, b=7, c=1, d=8, e=5, f=9, g=2, h=6, i=4, j=0)
     wild = dict(k=(1, 4, 6, 9), l=(8, 2, 5, 3), m=(0, 7, 3, 6))
 
     def problem(self, rng) -> dict:
-        start, names = rng.randrange(10), ""
+        start = rng.randrange(10)
+        names = ""
         for _ in range(self.length):
             group = self.wild if rng.random() < 0.2 else self.stable
             names += rng.choice([*group])
@@ -130,7 +131,7 @@ class Rules(NamedTuple):
         written = ""
         for digit in digits:
             slip = value + digit > 9 and rng.random() < slips
-            value = (value + digit + slip) % 10
+            value = (value + digit + slip) % 10  # with a slip one too high
             written += f"{digit}{value}"
         return written
 
@@ -165,12 +166,12 @@ class OwnData:  # --data, for real models
             self.pattern = regex.compile(config.answer_regex)
 
     def answer(self, text: str) -> str:
-        """The last match that is not empty, or its group; none if the search takes too long."""
+        """The last match that is not empty, or its group; searched for a second at most."""
         found = ""
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                texts = [*filter(None, match.groups()), match[0]]
-                found = texts[0].strip() or found
+                text = next(filter(None, match.groups()), match[0])  # a group, or all of it
+                found = text.strip() or found
         return found
 
     def grade(self, row, completion) -> dict[str, bool]:
@@ -182,7 +183,7 @@ class OwnData:  # --data, for real models
         for answer in dict.fromkeys(row["answer"].strip() for row in rows):
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            found = self.answer(written) or written
+            found = self.answer(written) or written  # alone it may lack a box around it
             require(found == answer, f"no completion gives the answer {answer!r}, only {found!r}")
 
 
@@ -220,20 +221,17 @@ class LogProbs:
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=10_000) -> LogProbs:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row.
-    All padding is at the end, where no token looks: it needs no mask and no positions."""
+    All padding is at the end, after all that a token sees: it needs no mask and no positions."""
     hidden = []
     for i in range(0, len(rows), size):
-        texts, predicts = [], []
-        for row, completion in zip(rows[i : i + size], completions[i : i + size], strict=True):
-            prompt = row[policy.reads]
-            texts.append(torch.tensor(prompt + completion))
-            # The state of a token predicts the next one; that of the prompt's end, the first.
-            predicts.append(torch.tensor([False] * (len(prompt) - 1) + [True] * len(completion)))
+        batch = [*zip(rows[i : i + size], completions[i : i + size], strict=True)]
+        texts = [torch.tensor(row[policy.reads] + completion) for row, completion in batch]
         ids = pad_sequence(texts, batch_first=True)[:, :-1].to(policy.model.device)  # (B, L)
-        mask = pad_sequence(predicts, batch_first=True).to(policy.model.device)  # (B, L)
         pictures = policy.look(rows[i : i + size], ids)
-        states = policy.model.base_model(ids, use_cache=False, **pictures)
-        hidden.append(states.last_hidden_state[mask])
+        states = policy.model.base_model(ids, use_cache=False, **pictures).last_hidden_state
+        for state, text, (_, completion) in zip(states, texts, batch, strict=True):
+            end = len(text) - 1  # the state (L, H) of a token predicts the next token
+            hidden.append(state[end - len(completion) : end].clone())
     head = policy.model.get_output_embeddings()
     bias = None if head.bias is None else head.bias[: policy.model.vocabulary]
     return LogProbs(torch.cat(hidden), head.weight[: policy.model.vocabulary], bias)
@@ -276,14 +274,15 @@ def js_divergence(student: Tensor, source: Tensor) -> Tensor:
     return 0.5 * (reverse_kl(source, mixture) + reverse_kl(student, mixture))
 
 
-def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> list[Tensor]:
     """Both log-probs (..., V) on the student's k likeliest words, and one bucket for all others:
     two (..., k+1). The paper is silent about both. Without the bucket the rest would be free."""
-    top, both = student.topk(min(k, student.shape[-1]), -1).indices, []  # (..., k)
+    top = student.topk(min(k, student.shape[-1]), -1).indices  # (..., k)
+    both = []
     for logp in (student, source):
         others = logp.scatter(-1, top, torch.finfo(logp.dtype).min)  # logsumexp needs one number
         both.append(torch.cat([logp.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1))
-    return tuple(both)
+    return both
 
 
 DIVERGENCES = {"reverse_kl": reverse_kl, "js": js_divergence}
@@ -308,7 +307,7 @@ def advantage_gap(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
     return (teacher_logp - student_logp).abs()
 
 
-def route(scores: dict[str, Scores], kept: float = 0.95) -> Tensor:
+def route(scores: dict[str, Scores]) -> Tensor:
     """The regime (N,) of every sampled token. The thresholds are means over all N tokens, so give
     it the whole batch. The largest 5% of the gaps, the outliers, are left out of the means; they
     are routed all the same."""
@@ -317,7 +316,7 @@ def route(scores: dict[str, Scores], kept: float = 0.95) -> Tensor:
     q_teacher, q_student = teacher_logp.exp(), student_logp.exp()
     q_sum = q_teacher + q_student
     gap = advantage_gap(teacher_logp, student_logp)
-    limit = gap.sort().values[int(kept * (len(gap) - 1))]  # torch.quantile takes 16 million at most
+    limit = gap.sort().values[int(0.95 * (len(gap) - 1))]  # torch.quantile takes 16 million at most
     typical = gap <= limit
     mean_gap = gap[typical].mean()
     mean_sum = q_sum[typical].mean()
@@ -369,8 +368,8 @@ def token_scores(logp, tokens: Tensor) -> Scores:
     sampled, entropies = [], []
     for index in torch.arange(len(tokens), device=tokens.device).split(AT_ONCE):
         part = logp[index]  # (n, V)
-        sampled.append(part.gather(1, tokens[index, None])[:, 0])
-        entropies.append(torch.special.entr(part.exp()).sum(-1))
+        sampled.append(part.gather(1, tokens[index][:, None])[:, 0])
+        entropies.append(torch.special.entr(part.exp()).sum(-1))  # entr(p) is -p log p
     return Scores(torch.cat(sampled), torch.cat(entropies))
 
 
@@ -378,9 +377,8 @@ def assign(recipe: Recipe, scores: dict[str, Scores], lengths: Tensor) -> tuple[
     """The regimes (N,), and the weight of every term on every token (R, N). A token of a completion
     y gets 1/|y|, and all completions (B,) count the same: the paper's two means."""
     shares = (1 / lengths).repeat_interleave(lengths) / len(lengths)  # (N,)
-    regimes = torch.full_like(shares, Regime.ALL, dtype=torch.long)
-    if recipe.router:
-        regimes = recipe.router(scores)
+    everywhere = torch.full_like(shares, Regime.ALL, dtype=torch.long)
+    regimes = recipe.router(scores) if recipe.router else everywhere
     weights = []
     for term in recipe.terms:
         weight = term.weight(scores) if callable(term.weight) else term.weight
@@ -390,19 +388,18 @@ def assign(recipe: Recipe, scores: dict[str, Scores], lengths: Tensor) -> tuple[
 
 def recipe_loss(recipe, student, sources: dict, weights: Tensor, top_k: int, start=0) -> Tensor:
     """The sum over terms and tokens of weight (R, N) x divergence. `student` and each source is
-    LogProbs or a tensor (N, V), computed again in the backward pass, not kept. Student and weights
-    may be those of a micro-batch from token `start` on."""
+    LogProbs or a tensor (N, V), computed again in the backward pass, not kept. In a micro-batch,
+    student and weights begin at token `start` of the batch; the sources are of the whole batch."""
 
     def divergence(term: Term, index: Tensor) -> Tensor:
         student_logp = student[index]  # (n, V)
-        with torch.no_grad():
-            source_logp = sources[term.source][start + index]  # (n, V)
+        source_logp = sources[term.source][start + index].detach()  # (n, V)
         pair = SUPPORTS[term.support](student_logp, source_logp, top_k)
         return DIVERGENCES[term.objective](*pair)  # (n,)
 
-    total = weights.new_zeros(())
+    total = 0.0
     for term, weight in zip(recipe.terms, weights, strict=True):
-        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # the tokens of this term
+        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # this term's tokens; maybe none
             losses = checkpoint(divergence, term, index, use_reentrant=False)
             total = total + (weight[index] * losses).sum()
     return total
@@ -411,12 +408,13 @@ def recipe_loss(recipe, student, sources: dict, weights: Tensor, top_k: int, sta
 # --- one training step
 def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], config) -> dict:
     """One optimizer step, in the paper's order: sample, score, route, learn."""
-    student, size = policies["student"], config.micro_batch
+    student = policies["student"]
+    size = config.micro_batch
     rows = [row for row in rows for _ in range(config.rollouts)]
 
     # 1. The student samples its own completions, without the hint.
     completions = rollout(student, rows, 8 * size)
-    tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(student.model.device)  # (N,)
+    tokens = torch.tensor([*chain(*completions)], device=student.model.device)  # (N,)
     lengths = torch.tensor([len(ids) for ids in completions], device=tokens.device)  # (B,)
 
     # 2. The policies that teach or route score the same tokens, before the student learns.
@@ -441,31 +439,30 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
     metrics = {"loss": loss, "entropy": entropy, "grad_norm": clip_gradient(student.model)}
     optimizer.step()
     optimizer.zero_grad()
-    names = {int(term.regime): term.regime.name for term in recipe.terms}
-    shares = {name: (regimes == regime).float().mean().item() for regime, name in names.items()}
-    shown = examples(names, rows, completions, regimes, scores, config.rollouts)
-    return metrics | {"tokens": len(tokens), "regime_share": shares, "rollouts": shown}
+    names = {term.regime: term.regime.name for term in recipe.terms}
+    share = {name: (regimes == regime).float().mean().item() for regime, name in names.items()}
+    shown = [*examples(names, rows, completions, regimes, scores, config.rollouts)]
+    return metrics | {"tokens": len(tokens), "regime_share": share, "rollouts": shown}
 
 
 def clip_gradient(model) -> float:
     """The gradient's norm, before it is clipped to 1."""
-    for name, weight in reversed([*model.named_parameters()]):  # as the backward pass meets them
+    for name, weight in reversed([*model.named_parameters()]):  # as the backward pass goes
         finite = weight.grad is None or weight.grad.isfinite().all()
         require(finite, f"the gradient is not finite, from {name} on; try a lower --lr")
     return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
 
 
-def examples(names, rows, completions, regimes, scores, rollouts) -> list[dict]:
+def examples(names, rows, completions, regimes, scores, rollouts):
     """For the figures: four completions, the regimes and probabilities of their tokens."""
-    shown, lengths = [], [len(ids) for ids in completions]
+    lengths = [len(ids) for ids in completions]
     for i in range(0, len(rows), rollouts)[:4]:
         kinds = regimes.split(lengths)[i].tolist()
         example = {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
         example |= {"ids": completions[i], "regimes": [names.get(kind, "-") for kind in kinds]}
         for name, (logp, _) in scores.items():
             example[name] = logp.split(lengths)[i].cpu().double().exp().round(decimals=4).tolist()
-        shown.append(example)
-    return shown
+        yield example
 
 
 # --- the warm start
@@ -484,7 +481,8 @@ def tiny_policy(characters: str, layers: int) -> tuple:
 
 def warm_start(role, task, held_out, config, steps=200):
     """Teaches a tiny model what its author writes, and saves it."""
-    rng, author = random.Random(config.seed), getattr(task, role)
+    author = getattr(task, role)
+    rng = random.Random(config.seed)
     row = task.problem(rng)
     for hinted in (False, False, True, True):
         solution = task.solution(row, hinted, author, rng)
@@ -507,9 +505,9 @@ def warm_start(role, task, held_out, config, steps=200):
             completions = tokenizer(solutions).input_ids
         rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
-        tokens = torch.cat([torch.tensor(ids) for ids in completions])
+        tokens = torch.tensor([*chain(*completions)])
         torch.nn.functional.nll_loss(logp, tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradient(model)
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -546,29 +544,28 @@ def read_rows(config, pictures=()) -> list[dict]:
     return [{name: row.get(name) for name in columns} for row in table]
 
 
-def encode(rows, tokenizer, models, template, see=None):
+def encode(rows, tokenizer, models, template, ids_of=None):
     """Adds the ids that policies read, "plain" and "hinted", and prints those of the first row."""
-    room = math.inf
-    for model in models:
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = min(room, (longest or math.inf) - model.generation_config.max_new_tokens)
+    configs = [model.config.get_text_config() for model in models]
+    longest = [getattr(each, "max_position_embeddings", None) or math.inf for each in configs]
+    room = min(longest) - models[0].generation_config.max_new_tokens
     for reads in ("plain", "hinted"):
         known = {}
         for row in rows:
             hint = row["hint"] if reads == "hinted" else ""
             at = f"prompt {row['prompt'][:60]!r}, {reads}"
             with blame(f"{at}: --hint_template, tokenizer or chat template"):
-                text = template.format(**row) if hint else row["prompt"]
+                text = template.format(**row) if hint else row["prompt"]  # no hint: plain
                 shown, ids = render(text, tokenizer)
-            if see:  # of vision.py
-                ids = see(row, reads, shown)
+            if ids_of:  # of vision.py
+                ids = ids_of(row, reads, shown)
             row[reads] = ids
             require(row["prompt"].strip() in shown, f"{at}: a template loses the prompt")
             require(hint.strip() in shown, f"{at}: a template loses the hint")
             require(0 < len(ids) <= room, f"{at}: {len(ids)} tokens, --max_new_tokens left {room}")
-            require(max(ids) < model.vocabulary, f"{at}: a model lacks one of its tokens")
-            twin = known.setdefault(tuple(ids), text)  # a tokenizer may lose characters
-            require(twin == text, f"{at}: becomes the same tokens as {twin[-60:]!r}")
+            require(max(ids) < models[0].vocabulary, f"{at}: a model lacks one of its tokens")
+            first = known.setdefault(tuple(ids), text)  # a tokenizer may lose characters
+            require(first == text, f"{at}: becomes the same tokens as {first[-60:]!r}")
         print(f"first row, {reads}: {tokenizer.decode(rows[0][reads])!r}")
 
 
@@ -578,15 +575,15 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         turns = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turns, **options)
-    options = {"add_special_tokens": not tokenizer.chat_template}
-    prompt = tokenizer(text, return_special_tokens_mask=True, **options)
+        return text, tokenizer(text, add_special_tokens=False).input_ids
+    prompt = tokenizer(text, return_special_tokens_mask=True)
     if any(prompt.special_tokens_mask[-1:]):
         prompt.input_ids.pop()
     return text, prompt.input_ids
 
 
 def load_model(role, config, dtype, auto) -> tuple:
-    name = getattr(config, role) or f"{config.out}/{role}"
+    name = getattr(config, role) or f"{config.out}/{role}"  # the warm start saved it there
     with blame(f"--{role} {name}, --device {config.device}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
@@ -615,11 +612,11 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     sampling |= {"eos_token_id": sorted(ends - {None}), "max_new_tokens": max_new_tokens}
     heights = [model.get_input_embeddings().num_embeddings for model in (teacher, student)]
-    last = max(words.values())  # id of a word
+    vocabulary = min(max(words.values()) + 1, *heights)  # ids may have holes
     for model, height in zip((teacher, student), heights, strict=True):
         # A table may have rows beyond the words: they are neither scored nor sampled.
-        model.vocabulary = min(last + 1, *heights)
-        sampling["suppress_tokens"] = [*range(model.vocabulary, height)] or None
+        model.vocabulary = vocabulary
+        sampling["suppress_tokens"] = [*range(vocabulary, height)] or None
         model.generation_config = transformers.GenerationConfig(**sampling)
     return tokenizer, teacher.requires_grad_(False), student
 
@@ -633,7 +630,8 @@ def check_scores(model, rows):
     half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
     bound = 0.3 if half else 1e-3  # nats; bfloat16 is coarse
     for reads in ("plain", "hinted"):
-        policy, ranked = Policy(model, reads), sorted(rows, key=lambda row: len(row[reads]))
+        policy = Policy(model, reads)
+        ranked = sorted(rows, key=lambda row: len(row[policy.reads]))
         pair = [ranked[0], ranked[-1]]
         sampled, begin = sample(policy, pair, return_dict_in_generate=True, **options)
         completions = sampled.sequences[:, begin:].tolist()
@@ -657,9 +655,9 @@ def check(config):
         fine = type(value) not in (int, float) or least <= value < math.inf
         require(fine, f"--{name} {value}: must be at least {least}")
     pair = (config.teacher, config.student)
-    fine = all(pair) or not any([*pair, config.data])
-    require(fine, "--teacher, --student: give both, or none; --data needs both")
-    tokens = torch.arange(9) % 5  # of two completions, 4 and 5 tokens long
+    require(all(pair) or not any(pair), "--teacher, --student: give both, or none")
+    require(all(pair) or not config.data, "--data needs --teacher and --student")
+    tokens = torch.arange(9) % 5  # a dry run of every term; two completions, 4 and 5 tokens long
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
         recipe = RECIPES[name]
@@ -667,15 +665,15 @@ def check(config):
             scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
             _, weights = assign(recipe, scores, torch.tensor([4, 5]))
             recipe_loss(recipe, logps["student"], logps, torch.ones_like(weights), config.top_k)
-            if not recipe.router and {term.regime for term in recipe.terms} != {Regime.ALL}:
-                raise ValueError("no router brings tokens to its regimes")
+        regimes = {term.regime for term in recipe.terms}
+        require(recipe.router or regimes == {Regime.ALL}, f"--recipe {name}: needs a router")
 
 
 def split(rows) -> dict[str, list]:
     """By the prompt: none is both trained on and tested."""
     splits = {"train": [], "validation": [], "test": []}
     for row in rows:
-        rng = random.Random(row.get("split_by", row["prompt"]))
+        rng = random.Random(row.get("split_by", row["prompt"]))  # vision.py: by the picture
         name = rng.choices([*splits], weights=(70, 15, 15))[0]
         splits[name].append(row)
     sizes = {name: len(part) for name, part in splits.items()}
@@ -691,7 +689,8 @@ def prepare(config, own_data) -> Ready:
         rows = getattr(task, "read_rows", read_rows)(config)
     else:
         torch.set_num_threads(1)  # of a tiny model, more would wait for one another
-        task, rng = TASKS[config.task], random.Random(0)
+        task = TASKS[config.task]
+        rng = random.Random(0)  # the same prompts for every seed
         rows = [task.problem(rng) for _ in range(12_000)]
     splits = split(rows)
     if not config.teacher:
@@ -710,10 +709,11 @@ def prepare(config, own_data) -> Ready:
 
 def train(name, ready, log, config):
     """Trains a copy of the student with one recipe."""
-    recipe, student = RECIPES[name], copy.deepcopy(ready.student)
+    recipe = RECIPES[name]
+    student = copy.deepcopy(ready.student)
     anchor = copy.deepcopy(student).requires_grad_(False) if recipe.anchor_decay else student
     models = {"student": student, "anchor": anchor, "teacher": ready.teacher}
-    policies = {who: Policy(models[model], reads) for who, (model, reads) in POLICIES.items()}
+    policies = {who: Policy(models[whose], reads) for who, (whose, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
     rows = ready.splits["train"]
     prompts = cycle(random.Random(config.seed).sample(rows, len(rows)))  # in random order
@@ -749,7 +749,7 @@ def evaluate(policy, rows, ready, config) -> dict[str, float]:
         if "exact match" in grade:
             grade["exact match"] &= grade["ended"]
         grades.append(grade)
-    tokens = torch.cat([torch.tensor(ids) for ids in completions]).to(policy.model.device)
+    tokens = torch.tensor([*chain(*completions)], device=policy.model.device)
     scores = token_scores(score(policy, rows, completions, config.micro_batch), tokens)
     means = pandas.DataFrame(grades, dtype=float).mean().to_dict()
     return means | {"entropy": scores.entropy.mean().item()}
@@ -764,8 +764,8 @@ def run(config, own_data=OwnData) -> Ready:
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
     untrained = {"student before": ready.student, "teacher": ready.teacher}
     recipes = dict.fromkeys(config.recipe) if config.steps else ()
-    half = config.dtype == "bfloat16"  # below without a cache, which would serve old weights
-    autocast = torch.autocast(ready.student.device.type, torch.bfloat16, half, cache_enabled=False)
+    more = {"enabled": config.dtype == "bfloat16", "cache_enabled": False}  # it keeps old weights
+    autocast = torch.autocast(ready.student.device.type, torch.bfloat16, **more)
     rows = ready.splits["test"][: config.test_prompts]
     with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:
         for name in (*untrained, *recipes):
