@@ -13,12 +13,12 @@ hidden size; a recipe has R terms. Divergences and gaps are in nats.
 """
 
 import copy
+import csv
 import json
 import math
 import random
 import sys
 import time
-import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -184,7 +184,7 @@ class OwnData:  # --data, for real models
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             written = tokenizer.decode(ids, skip_special_tokens=True).strip()
             found = self.answer(written) or written  # alone it may lack a box around it
-            require(found == answer, f"no completion gives the answer {answer!r}, only {found!r}")
+            require(found == answer, f"--answer_regex, tokenizer: make {found!r} of {answer!r}")
 
 
 # --- policies: score and sample
@@ -212,10 +212,9 @@ class LogProbs:
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
 
     def __getitem__(self, index) -> Tensor:
-        logits = torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
+        logits = torch.nn.functional.linear(self.hidden[index], self.weight)
         return logits.float().log_softmax(-1)  # (n, V)
 
 
@@ -232,9 +231,8 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=1
         for state, text, (_, completion) in zip(states, texts, batch, strict=True):
             end = len(text) - 1  # the state (L, H) of a token predicts the next token
             hidden.append(state[end - len(completion) : end].clone())
-    head = policy.model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias[: policy.model.vocabulary]
-    return LogProbs(torch.cat(hidden), head.weight[: policy.model.vocabulary], bias)
+    weight = policy.model.get_output_embeddings().weight[: policy.model.vocabulary]
+    return LogProbs(torch.cat(hidden), weight)
 
 
 def sample(policy: Policy, rows, **options):
@@ -486,7 +484,7 @@ def warm_start(role, task, held_out, config, steps=200):
     row = task.problem(rng)
     for hinted in (False, False, True, True):
         solution = task.solution(row, hinted, author, rng)
-        print(f"the {role}'s author, {row['prompt']}, hint: {hinted} -> {solution}")
+        print(f"the {role}'s author, {row}, reads the hint: {hinted} -> {solution}")
     torch.manual_seed(config.seed)
     tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
     model.vocabulary = len(tokenizer)
@@ -517,10 +515,12 @@ def warm_start(role, task, held_out, config, steps=200):
 
 
 # --- rows and models
-READERS = {  # JSON Lines as one array: an error then names its line
+READERS = {
     ".json": lambda path: json.loads(path.read_text("utf-8")),
+    # As one array: an error then names its line.
     ".jsonl": lambda path: json.loads(f"[{','.join(path.open(encoding='utf-8'))}]"),
-    ".csv": lambda path: pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False),
+    # A comma too many makes a list of the hint, which is refused below.
+    ".csv": lambda path: csv.DictReader(path.open(encoding="utf-8-sig"), restkey="hint"),
     ".parquet": pandas.read_parquet,
 }
 
@@ -528,20 +528,19 @@ READERS = {  # JSON Lines as one array: an error then names its line
 def read_rows(config, pictures=()) -> list[dict]:
     """The rows of --data: three texts each, as they stand there, and the named pictures."""
     path = Path(config.data)
-    with blame(f"--data {path}"), warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a comma too many
+    with blame(f"--data {path} (a file here: {path.exists()})"):
         if path.suffix in READERS:
-            table = pandas.DataFrame(READERS[path.suffix](path)).to_dict("records")
+            table = pandas.DataFrame(READERS[path.suffix](path))
         else:
-            table = datasets.load_dataset(config.data, split="train").to_list()
-    for number, row in enumerate(table, 1):
+            table = datasets.load_dataset(config.data, split="train").to_pandas()
+    for number, row in enumerate(table.to_dict("records"), 1):
         for name in ("prompt", "answer", "hint"):
             text = row.get(name)
             fine = isinstance(text, str) and (text or name == "hint")
-            require(fine, f"--data {path}, row {number}: {name} must be text, not {text!r}")
+            fault = f"{name} must be text, not {text!r}; its columns are {[*row]}"
+            require(fine, f"--data {path}, row {number}: {fault}")
         require(pictures or not row.get("image"), f"{path}: pictures are for tiny_tasks/vision.py")
-    columns = ("prompt", "answer", "hint", *pictures)
-    return [{name: row.get(name) for name in columns} for row in table]
+    return table.reindex(columns=["prompt", "answer", "hint", *pictures]).to_dict("records")
 
 
 def encode(rows, tokenizer, models, template, ids_of=None):
@@ -561,7 +560,7 @@ def encode(rows, tokenizer, models, template, ids_of=None):
                 ids = ids_of(row, reads, shown)
             row[reads] = ids
             require(row["prompt"].strip() in shown, f"{at}: a template loses the prompt")
-            require(hint.strip() in shown, f"{at}: a template loses the hint")
+            require(hint.strip() in shown, f"{at}: --hint_template or chat template loses the hint")
             require(0 < len(ids) <= room, f"{at}: {len(ids)} tokens, --max_new_tokens left {room}")
             require(max(ids) < models[0].vocabulary, f"{at}: a model lacks one of its tokens")
             first = known.setdefault(tuple(ids), text)  # a tokenizer may lose characters
@@ -573,8 +572,7 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
     """A prompt as the policies read it, and its ids, without an end that its tokenizer adds."""
     if tokenizer.chat_template:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turns, **options)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
         return text, tokenizer(text, add_special_tokens=False).input_ids
     prompt = tokenizer(text, return_special_tokens_mask=True)
     if any(prompt.special_tokens_mask[-1:]):
@@ -584,7 +582,7 @@ def render(text, tokenizer) -> tuple[str, list[int]]:
 
 def load_model(role, config, dtype, auto) -> tuple:
     name = getattr(config, role) or f"{config.out}/{role}"  # the warm start saved it there
-    with blame(f"--{role} {name}, --device {config.device}"):
+    with blame(f"--{role} {name} (a folder: {Path(name).is_dir()}), --device {config.device}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         model = model.to(config.device).eval()
@@ -601,8 +599,7 @@ def load(config, max_new_tokens, auto=transformers.AutoModelForCausalLM) -> tupl
     other, teacher = load_model("teacher", config, config.dtype, auto)
     tokenizer, student = load_model("student", config, "float32", auto)
     words = tokenizer.get_vocab()
-    # What only one of the two has:
-    differ = sorted((place, word) for word, place in words.items() ^ other.get_vocab().items())
+    differ = sorted(words.items() ^ other.get_vocab().items())  # what only one of the two has
     require(not differ, f"--teacher, --student: their tokenizers differ, first in {differ[:1]}")
     ends = {other.eos_token_id, tokenizer.eos_token_id}
     for model in (teacher, student):
@@ -654,12 +651,16 @@ def check(config):
         least = {"steps": 0, "seed": 0, "lr": 1e-12}.get(name, 1)
         fine = type(value) not in (int, float) or least <= value < math.inf
         require(fine, f"--{name} {value}: must be at least {least}")
+    for name in ("hint_template", "answer_regex", "max_new_tokens"):
+        fine = config.data or getattr(config, name) == getattr(Config, name)
+        require(fine, f"--{name}: only with --data; a task has its own")
     pair = (config.teacher, config.student)
     require(all(pair) or not any(pair), "--teacher, --student: give both, or none")
     require(all(pair) or not config.data, "--data needs --teacher and --student")
     tokens = torch.arange(9) % 5  # a dry run of every term; two completions, 4 and 5 tokens long
     logps = {policy: torch.rand(9, 5).log_softmax(-1) for policy in POLICIES}
     for name in config.recipe:
+        require(name not in ("teacher", "student"), f"--recipe {name}: a policy has this name")
         recipe = RECIPES[name]
         with blame(f"--recipe {name}: wrong names, or router_reads too short?"):
             scores = {policy: token_scores(logps[policy], tokens) for policy in recipe.router_reads}
@@ -677,7 +678,7 @@ def split(rows) -> dict[str, list]:
         name = rng.choices([*splits], weights=(70, 15, 15))[0]
         splits[name].append(row)
     sizes = {name: len(part) for name, part in splits.items()}
-    require(all(sizes.values()), f"too few rows to split: {sizes}")
+    require(all(sizes.values()), f"too few rows to split in three: {sizes}")
     print("rows:", sizes)
     return splits
 
@@ -741,11 +742,10 @@ def evaluate(policy, rows, ready, config) -> dict[str, float]:
     """Mean grades of a sampled completion per row, and mean entropy of its tokens (nats)."""
     torch.manual_seed(config.seed)
     completions = rollout(policy, rows, 8 * config.micro_batch)
-    ends = policy.model.generation_config.eos_token_id
     grades = []
     for row, ids in zip(rows, completions, strict=True):
         grade = ready.task.grade(row, ready.tokenizer.decode(ids, skip_special_tokens=True))
-        grade["ended"] = ids[-1] in ends  # by itself, not at --max_new_tokens
+        grade["ended"] = ids[-1] in policy.model.generation_config.eos_token_id  # by itself
         if "exact match" in grade:
             grade["exact match"] &= grade["ended"]
         grades.append(grade)

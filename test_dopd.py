@@ -563,7 +563,7 @@ def test_a_completion_that_was_cut_off_is_wrong(pair, monkeypatch):
 
 
 # --- whole runs
-SMALL = "--batch_size 4 --rollouts 2 --test_prompts 99 --eval_every 2 --steps 4 --max_new_tokens 6"
+SMALL = "--batch_size 4 --rollouts 2 --test_prompts 99 --eval_every 2 --steps 4"
 SUMS = []
 for i in [*range(24)] * 2:
     SUMS.append(
@@ -581,7 +581,8 @@ def write_rows(name, rows):
 def on(pair):
     """Flags for the pair, and their data, in which every prompt occurs twice."""
     write_rows("sums.jsonl", SUMS)
-    return f"{SMALL} --teacher {pair}/teacher --student {pair}/student --data sums.jsonl"
+    own = "--data sums.jsonl --max_new_tokens 6"
+    return f"{SMALL} --teacher {pair}/teacher --student {pair}/student {own}"
 
 
 def python(*argv):
@@ -630,9 +631,10 @@ def test_the_tiny_experiment_twice(monkeypatch):
 
 def test_a_real_looking_pair(pair, monkeypatch, capsys):
     """Catches a live anchor for a frozen one, a teacher that learns, weights kept in bfloat16, a
-    prompt in training and test, prompts that differ by more than the hint."""
+    prompt in training and test, rows in the order of the file, prompts that differ by more than
+    the hint."""
     monkeypatch.setitem(dopd.RECIPES, "slow", dopd.dopd(anchor_decay=0.75))
-    steps, tested = [], set()
+    steps, tested, order = [], set(), []
 
     def note(recipe, policies, optimizer, rows, config):
         models = [policies[name].model for name in ("student", "privileged_student", "teacher")]
@@ -641,6 +643,7 @@ def test_a_real_looking_pair(pair, monkeypatch, capsys):
         steps.append((recipe.anchor_decay, optimizer.param_groups[0]["lr"], *heads))
         for row in rows:
             assert tested and row["prompt"] not in tested
+            order.append(int(row["prompt"].split()[2]))
             prompts = row["prompt"], f"{row['prompt']} ({row['hint']})"
             read = bpe().batch_decode([row["plain"], row["hinted"]])
             assert read == [SAID.format(prompt) for prompt in prompts]
@@ -660,8 +663,26 @@ def test_a_real_looking_pair(pair, monkeypatch, capsys):
         moved = (student != begin).double().mean()
         assert (moved > 0.5 if place else moved == 0) and torch.equal(teacher, first_teacher)
         assert lr == pytest.approx(5e-5 * (0.55 + 0.45 * math.cos(math.pi * place / 4)))
+    assert order[:16] == order[16:32] and order[:10] != sorted(order[:10])
+    assert len({*order[:16]}) > 8
     saved = transformers.Qwen3ForCausalLM.from_pretrained("run/slow")
     assert saved.config.vocab_size == 352 and saved.dtype == torch.float32  # its own shape
+
+
+def test_bfloat16_sees_the_weights_of_now(pair):
+    """Catches an autocast that keeps the weights of the first step."""
+    on(pair)
+    flags = {"teacher": str(pair / "teacher"), "student": str(pair / "student"), "steps": 2}
+    flags |= {"data": "sums.jsonl", "max_new_tokens": 6, "dtype": "bfloat16", "lr": 1e-2}
+    config = Config(recipe=["opd"], out="run", **flags)
+    ready = dopd.run(config)
+    rows = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    tested = {row["tested"]: row["test"]["entropy"] for row in rows if "tested" in row}
+    saved = load(pair / "teacher", "run/opd")[2]
+    with torch.autocast("cpu", torch.bfloat16):
+        grades = dopd.evaluate(Policy(saved, "plain"), ready.splits["test"], ready, config)
+    assert tested["opd"] == pytest.approx(grades["entropy"], abs=1e-4)
+    assert abs(tested["opd"] - tested["student before"]) > 1e-2
 
 
 def test_a_full_disk_ends_a_run_that_keeps_what_it_has(pair, monkeypatch, capsys):
@@ -750,13 +771,13 @@ def test_texts_stand_in_the_rows_as_in_the_file():
     write_rows("data1.jsonl", rows[:1])
     write_rows("data[1].jsonl", rows)
     Path("data.json").write_text(json.dumps(rows))
-    table.to_csv("data.csv", index=False)
+    table.to_csv("data.csv", index=False, encoding="utf-8-sig")  # as Excel does
     Path("folder").mkdir()
     table.to_parquet("folder/data.parquet")
     for data in ("data[1].jsonl", "data.json", "data.csv", "folder/data.parquet", "folder"):
         assert dopd.read_rows(Config(data=data)) == rows
     Path("data.csv").write_text("prompt,answer,hint\nYes, or no?,yes,it is\nNo?,no,\n")
-    with pytest.raises(UserError):  # a comma too many
+    with pytest.raises(UserError, match="row 1: hint"):  # a comma too many
         dopd.read_rows(Config(data="data.csv"))
 
 
@@ -786,11 +807,15 @@ BAD = {  # flags: words of the line
     "--recipe dop": "--recipe dop dopd_frozen",
     "--step 1": "--step",
     "--data sums.jsonl": "--data --teacher",
+    "--teacher somewhere": "--teacher --student both",
+    "--max_new_tokens 9": "--max_new_tokens --data",
+    "--hint_template {prompt}": "--hint_template --data",
     "PAIR --hint_template {prompt}": "hint",
     "PAIR --answer_regex (": "--answer_regex",
-    "PAIR --answer_regex [0-9]": "answer only",
+    "PAIR --answer_regex [0-9]": "--answer_regex '10'",
     "PAIR --out other": "--out other",
     "PAIR --recipe odd": "odd topk",
+    "PAIR --recipe student": "--recipe student",
     "PAIR --recipe unrouted": "unrouted router",
     "PAIR --recipe unread": "unread router_reads",
     "PAIR --student deaf": "What loses prompt",
@@ -829,6 +854,7 @@ def test_bad_input(flags, pair, capsys, monkeypatch):
     """Exit code 2, and one line that names it. Catches a traceback, or a run in spite of it."""
     terms = dopd.dopd().terms
     monkeypatch.setitem(dopd.RECIPES, "odd", Recipe([terms[0]._replace(support="topk")]))
+    monkeypatch.setitem(dopd.RECIPES, "student", dopd.dopd())
     monkeypatch.setitem(dopd.RECIPES, "unrouted", Recipe(terms))
     monkeypatch.setitem(dopd.RECIPES, "unread", Recipe(terms, dopd.route, ("teacher",)))
     argv = flags.replace("PAIR", on(pair)).split()

@@ -58,7 +58,8 @@ def pictures(**change):
         row = {"prompt": "three", "answer": "4", "hint": ""}
         rows.append(row | {"image": f"{i}.png", "hinted_image": f"box{i}.png"})
     write_rows("rows.jsonl", [*rows[:-1], rows[-1] | change])
-    return f"{SMALL} --recipe dopd --out run --data rows.jsonl --teacher eyes --student".split()
+    own = "--data rows.jsonl --max_new_tokens 6 --recipe dopd --out run"
+    return f"{SMALL} {own} --teacher eyes --student".split()
 
 
 def note_splits(monkeypatch):
