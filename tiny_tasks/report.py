@@ -6,6 +6,7 @@ Prints and writes report.md (what was tested), tokens.svg (completions, every to
 regime), curves.png (the students on the way) and router.png (where the tokens go).
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ os.environ["MPLBACKEND"] = "agg"  # that of a notebook may not be there
 import pandas
 import transformers
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,19 +29,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed be
 import dopd  # noqa: E402
 
 REGIMES = {
-    "LH": ("#8fd18f", "LH: low gap, both sure"),
-    "LL": ("#c8c8c8", "LL: low gap, both unsure"),
+    "LH": ("#8fd18f", "LH: low gap, high sum"),
+    "LL": ("#c8c8c8", "LL: low gap, low sum"),
     "HT": ("#8ab8f5", "HT: high gap, teacher surer"),
     "HS": ("#ffb061", "HS: high gap, student surer"),
 }
-OTHER_COLOURS = ["#8fd18f", "#c8c8c8", "#8ab8f5", "#ffb061", "#e3b7e8", "#f2e58f"]
+OTHER_COLOURS = ["#e3b7e8", "#f2e58f", "#9fdede", "#f2a6a6", "#d2b48c"]
 RECIPE_COLOURS = ["#555555", "#c2185b", "#00695c", "#5e35b1", "#795548", "#9e9d24"]
 COLUMNS = """
 - exact match: share of right completions that ended by themselves, sampled without the hint
 - with the hint: the same, when the policy may read the hint
-- skips: share of completions that leave out the steps and write only the last value
-- ended: share of completions that ended by themselves, not at --max_new_tokens
-  (low: raise it, or check the end tokens in the generation_config.json of both models)
+- skips (tiny tasks): share of completions that leave out the steps, and write only the last value
+- ended (own data): share of completions that ended by themselves, not at --max_new_tokens. If it is
+  low: raise it, or check the end tokens in the generation_config.json of both models
 - entropy: of the prediction of the next token, in nats; near 0 the policy is sure of everything
 
 What to look for: does a student end above `opd`, whose teacher reads no hint? Does it skip like the
@@ -56,7 +58,11 @@ def read_run(folder: Path) -> tuple[dict, list[dict], list[dict]]:
         print(f"report.py: no run in {folder}: {error}", file=sys.stderr)
         sys.exit(2)
     log = [json.loads(line) for line in lines]
-    return config, [row for row in log if "tested" in row], [row for row in log if "step" in row]
+    tested, steps = [row for row in log if "tested" in row], [row for row in log if "step" in row]
+    if "teacher, with the hint" not in [row["tested"] for row in tested]:
+        print(f"report.py: {folder}: the run ended before its first tests", file=sys.stderr)
+        sys.exit(2)
+    return config, tested, steps
 
 
 def colours_of(regimes) -> dict[str, str]:
@@ -65,15 +71,20 @@ def colours_of(regimes) -> dict[str, str]:
     return {name: REGIMES[name][0] if name in REGIMES else next(spare) for name in regimes}
 
 
+def habit_of(grades: dict) -> str:
+    """The grade beside exact match: `skips` of a task that knows it."""
+    return "skips" if "skips" in grades["teacher"] else "ended"
+
+
 def result_tables(tested: list[dict], recipes: list[str]) -> list[Table]:
     """Policies that are tested as they are, then the students."""
     grades = {row["tested"]: row["test"] for row in tested}
     before = ["student before", "teacher", "teacher, with the hint"]
     after = [name for name in recipes if name in grades]
-    third = "skips" if "skips" in grades["teacher"] else "ended"
+    habit = habit_of(grades)
     tables = []
     for head, names in (("tested as it is", before), ("student trained with", after)):
-        columns = ("exact match", "with the hint", third, "entropy")
+        columns = ("exact match", "with the hint", habit, "entropy")
         table = Table(head, *columns, box=box.MARKDOWN)
         for name in names:
             hinted = grades.get(f"{name}, with the hint", {})
@@ -149,7 +160,8 @@ def print_tokens(steps: list[dict], config: dict, folder: Path) -> None:
         path = Path(folder, own[0]["recipe"])
         tokenizer = transformers.AutoTokenizer.from_pretrained(path if path.exists() else folder)
         colours = colours_of(own[0]["regime_share"])
-        for row in (own[0], own[-1]):
+        shown = [own[0], own[-1]] if len(own) > 1 else own
+        for row in shown:
             title = Text(f"\n{row['recipe']}, step {row['step']}: what the student wrote ")
             for regime, colour in colours.items():
                 title.append(f" {regime} ", f"black on {colour}")
@@ -160,15 +172,20 @@ def print_tokens(steps: list[dict], config: dict, folder: Path) -> None:
     console.save_svg(f"{folder}/tokens.svg", title="every token in its regime")
 
 
+def label_of(regime: str) -> str:
+    return REGIMES[regime][1] if regime in REGIMES else regime
+
+
 def plot_curves(tested: list[dict], steps: list[dict], file: Path) -> None:
-    """Exact match, skips and entropy of the students on the way."""
+    """Exact match, skips (or ended) and entropy of the students on the way."""
     grades = {row["tested"]: row["test"] for row in tested}
+    shares = ("exact match", habit_of(grades))
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
     names = dict.fromkeys(row["recipe"] for row in steps)
     for name, colour in zip(names, itertools.cycle(RECIPE_COLOURS), strict=False):
         own = [row for row in steps if row["recipe"] == name]
-        for axis, grade in zip(axes, ("exact match", "skips"), strict=False):
+        for axis, grade in zip(axes, shares, strict=False):
             points = {0: grades["student before"].get(grade)}
             for row in own:
                 if "validation" in row:
@@ -177,61 +194,66 @@ def plot_curves(tested: list[dict], steps: list[dict], file: Path) -> None:
                 axis.plot([*points], [*points.values()], ".-", color=colour, label=name)
         entropy = pandas.Series([row["entropy"] for row in own], [row["step"] for row in own])
         axes[2].plot(entropy.rolling(10, min_periods=1).mean(), color=colour, label=name)
-    for axis, grade in zip(axes, ("exact match", "skips"), strict=False):
+    for axis, grade in zip(axes, shares, strict=False):
         for name, style in (("teacher", "--"), ("teacher, with the hint", ":")):
             if grade in grades[name]:
                 axis.axhline(grades[name][grade], color="black", linestyle=style, label=name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(title=f"{grade}, without the hint", xlabel="step", ylabel="share", ylim=(0, 1))
     axes[2].set(title="entropy of the student, mean of 10 steps", xlabel="step", ylabel="nats")
-    axes[2].set_ylim(bottom=0)
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[2].set_ylim(0, 1.1 * max(row["entropy"] for row in steps) + 0.01)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6)
     figure.savefig(file, dpi=80)
 
 
 def plot_router(steps: list[dict], file: Path) -> None:
-    """For every recipe with the paper's router: the shares of the regimes, and every shown token at
-    (q_S, q_T) in the first and the last quarter of the training."""
-    steps = [row for row in steps if {*row["regime_share"]} <= {*REGIMES}]
-    names = dict.fromkeys(row["recipe"] for row in steps)
+    """For every recipe with a router: the shares of the regimes. If it read both privileged
+    policies: every shown token at (q_S, q_T), in the first and the last quarter of the training."""
+    names = dict.fromkeys(row["recipe"] for row in steps if len(row["regime_share"]) > 1)
     if not names:
         return
     figure = Figure(figsize=(14, 4.4 * len(names) + 0.4), layout="constrained")
-    axes = figure.subplots(len(names), 3, squeeze=False)
+    axes, handles = figure.subplots(len(names), 3, squeeze=False), {}
     for row_of_axes, name in zip(axes, names, strict=True):
         own = [row for row in steps if row["recipe"] == name]
         shares = pandas.DataFrame([row["regime_share"] for row in own])
-        colours = colours_of(shares.columns).values()
-        labels = [REGIMES[regime][1] for regime in shares]
+        colours = colours_of(shares.columns)
         x = [row["step"] for row in own]
-        row_of_axes[0].stackplot(x, shares.T.values, colors=colours, labels=labels)
+        areas = row_of_axes[0].stackplot(x, shares.T.values, colors=colours.values())
+        handles |= zip(map(label_of, shares), areas, strict=True)
         row_of_axes[0].set(title=f"{name}: where the tokens go", ylim=(0, 1), xlim=(x[0], x[-1]))
         row_of_axes[0].set(xlabel="step", ylabel="share of the tokens")
         quarter = max(1, len(own) // 4)
-        plot_plane(row_of_axes[1], name, own[:quarter])
-        plot_plane(row_of_axes[2], name, own[-quarter:])
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4)
+        plot_plane(row_of_axes[1], name, own[:quarter], colours)
+        plot_plane(row_of_axes[2], name, own[-quarter:], colours)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=80)
 
 
-def plot_plane(axis, name: str, steps: list[dict]) -> None:
+def plot_plane(axis, name: str, steps: list[dict], colours: dict[str, str]) -> None:
     """Every token that metrics.jsonl keeps: how likely both privileged policies find it."""
     examples = pandas.DataFrame(itertools.chain(*[row["rollouts"] for row in steps]))
     columns = ["regimes", "privileged_student", "privileged_teacher"]
+    if not {*columns} <= {*examples}:
+        return axis.set_visible(False)
     dots = examples[columns].explode(columns)
-    for regime, (colour, _) in REGIMES.items():
+    for regime, colour in colours.items():
         here = dots[dots["regimes"] == regime].replace(0, 1e-4)  # 0 has no logarithm
         style = {"s": 16, "color": colour, "edgecolor": "#555555", "linewidth": 0.3}
         axis.scatter(here["privileged_student"], here["privileged_teacher"], **style)
     axis.set(xscale="log", yscale="log", xlim=(6e-5, 1.6), ylim=(6e-5, 1.6))
-    axis.set(xlabel="q_S, privileged student", ylabel="q_T, privileged teacher")
+    axis.set(xlabel="q_S, privileged student (0 at 1e-4)", ylabel="q_T, privileged teacher")
     axis.set_title(f"{name}, steps {steps[0]['step']} to {steps[-1]['step']}")
 
 
 def main(argv: list[str]) -> None:
     runs = sorted(Path("runs").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    folder = Path(argv[0]) if argv else runs[-1].parent if runs else Path("runs")
+    newest = runs[-1].parent if runs else Path("runs")
+    parser = argparse.ArgumentParser(description="Tables and pictures of a run of dopd.py.")
+    parser.add_argument("folder", nargs="?", default=newest, type=Path, help="default: the newest")
+    folder = parser.parse_args(argv).folder
     config, tested, steps = read_run(folder)
     if steps:
         print_tokens(steps, config, folder)
@@ -246,7 +268,8 @@ def main(argv: list[str]) -> None:
             for table in tables:
                 console.print(table)
         print(COLUMNS, file=file)
-    print(f"report.md, tokens.svg, curves.png and router.png are in {folder}/")
+    files = ["report.md", "tokens.svg", "curves.png", "router.png"]
+    print(*[str(folder / file) for file in files if (folder / file).exists()])
 
 
 if __name__ == "__main__":
