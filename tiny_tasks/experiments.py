@@ -493,14 +493,14 @@ def write_tables(frames: dict) -> None:
 
 # --- 7. figures
 def heat(axis, exact, opd, best) -> None:
-    """The best is framed; what is below opd is hatched."""
+    """Frames the best, hatches what is below opd."""
     shown = {"annot": True, "fmt": ".2f", "vmin": 0, "vmax": 1, "cmap": "viridis"}
     seaborn.heatmap(exact, ax=axis, cbar=False, **shown)
     below = {"hatch": "//", "edgecolor": "#ffffff70"}
-    first = {"edgecolor": "red", "lw": 3, "clip_on": False, "zorder": 3}
+    first = {"edgecolor": "red", "lw": 3, "zorder": 3}
     for cells, look in ((exact < opd - 0.005, below), (exact > best - 0.005, first)):
         for line, column in zip(*cells.to_numpy().nonzero(), strict=True):
-            axis.add_patch(Rectangle((column, line), 1, 1, fill=False, **look))
+            axis.add_patch(Rectangle((column + 0.04, line + 0.06), 0.92, 0.88, fill=False, **look))
 
 
 def draw_situations(frame):
