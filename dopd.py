@@ -49,9 +49,7 @@ def flag(default, text: str, **more):
 @dataclass
 class Config:
     task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
-    recipe: list[str] = flag(
-        None, "all four by default; more: tiny_tasks/recipes.py", choices=RECIPES
-    )
+    recipe: list[str] = flag(None, "all four; more are in tiny_tasks/recipes.py", choices=RECIPES)
     seed: int = flag(0, "of all random draws")
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
     batch_size: int = flag(16, "prompts per optimizer step; paper: 128")
