@@ -6,7 +6,7 @@ hint too, would it agree with the teacher? If yes, a light correction is enough.
 is surer of the token teaches it.
 
     python dopd.py && python tiny_tasks/report.py  # the CPU experiment: minutes
-    python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --data my.jsonl --device cuda
+    python dopd.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B ...  # see README.md
 
 Shapes: B completions have N tokens, joined end to end; V words are in the vocabulary; H is the
 hidden size; a recipe has R terms. Divergences and gaps are in nats.
@@ -100,8 +100,8 @@ class Author(NamedTuple):
 
 class Rules(NamedTuple):
     """`7fbk=` -> `967314`: start at 7; the names f, b and k each add a digit, modulo 10; write the
-    digit and the new value. Ten stable names always mean the same digit; three wild names another
-    one every time, which only the hint `971` tells. Who skips the steps writes just `=4`."""
+    digit and the new value. Ten stable names always mean the same digit; three wild names one of
+    four digits, which only the hint `971` tells. Who skips the steps writes just `=4`."""
 
     teacher: Author
     student: Author
@@ -145,7 +145,7 @@ class Rules(NamedTuple):
         return f"={worked[-1]}" if rng.random() < skips else worked
 
     def grade(self, row, completion: str) -> dict[str, bool]:
-        """No exact match for a prompt with a wild name, where only a lucky guess is right."""
+        """Leaves out the exact match where a wild name makes it a lucky guess."""
         grades = {"skips": completion.startswith("=")}
         if not {*row["prompt"]} & {*self.wild}:
             grades["exact match"] = completion in (row["answer"], f"={row['answer'][-1]}")
@@ -170,12 +170,12 @@ class OwnData:  # --data, for real models
         found = ""
         with suppress(TimeoutError):
             for match in self.pattern.finditer(text, timeout=1.0):
-                text = next(filter(None, match.groups()), match[0])  # a group, or all of it
-                found = text.strip() or found
+                part = next((text for text in match.groups() if text is not None), match[0])
+                found = part.strip() or found
         return found
 
     def grade(self, row, completion) -> dict[str, bool]:
-        answer = row["answer"].strip()  # splitlines, since Windows ends lines differently
+        answer = row["answer"].strip()  # by lines: Windows ends them differently
         return {"exact match": self.answer(completion).splitlines() == answer.splitlines()}
 
     def check(self, rows, tokenizer):
@@ -183,7 +183,7 @@ class OwnData:  # --data, for real models
         for answer in dict.fromkeys(row["answer"].strip() for row in rows):
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            found = self.answer(written) or written  # alone it may lack a box around it
+            found = self.answer(written) or written  # it may need its box
             require(found == answer, f"--answer_regex, tokenizer: make {found!r} of {answer!r}")
 
 
@@ -230,7 +230,7 @@ def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=1
         states = policy.model.base_model(ids, use_cache=False, **pictures).last_hidden_state
         for state, text, (_, completion) in zip(states, texts, batch, strict=True):
             end = len(text) - 1  # the state (L, H) of a token predicts the next token
-            hidden.append(state[end - len(completion) : end].clone())
+            hidden.append(state[end - len(completion) : end].clone())  # frees the rest
     weight = policy.model.get_output_embeddings().weight[: policy.model.vocabulary]
     return LogProbs(torch.cat(hidden), weight)
 
@@ -278,7 +278,7 @@ def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> list[Tensor]:
     top = student.topk(min(k, student.shape[-1]), -1).indices  # (..., k)
     both = []
     for logp in (student, source):
-        others = logp.scatter(-1, top, torch.finfo(logp.dtype).min)  # logsumexp needs one number
+        others = logp.scatter(-1, top, torch.finfo(logp.dtype).min)  # not -inf: k may be all of V
         both.append(torch.cat([logp.gather(-1, top), others.logsumexp(-1, keepdim=True)], -1))
     return both
 
@@ -288,9 +288,9 @@ SUPPORTS = {"full": lambda student, source, k: (student, source), "top_k": top_k
 
 
 # --- the router: section 3 of the paper
-class Regime(IntEnum):
+class Regime(IntEnum):  # as both privileged policies see it
     LH = 0  # low gap, both sure: only the hint is missing, a light touch of the teacher
-    LL = 1  # low gap, both unsure: nothing to learn, a weak pull that holds the student in place
+    LL = 1  # low gap, both unsure: nothing to learn, a weak pull to the student itself
     HT = 2  # high gap, the teacher is surer: a capability, learned in full
     HS = 3  # high gap, the student is surer: its own way, which the teacher must not suppress
     ALL = 4  # every token of a recipe without a router
@@ -397,7 +397,7 @@ def recipe_loss(recipe, student, sources: dict, weights: Tensor, top_k: int, sta
 
     total = 0.0
     for term, weight in zip(recipe.terms, weights, strict=True):
-        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # this term's tokens; maybe none
+        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # none: one empty part, still a graph
             losses = checkpoint(divergence, term, index, use_reentrant=False)
             total = total + (weight[index] * losses).sum()
     return total
@@ -459,7 +459,7 @@ def examples(names, rows, completions, regimes, scores, rollouts):
         example = {key: rows[i].get(key) for key in ("prompt", "hint", "answer")}
         example |= {"ids": completions[i], "regimes": [names.get(kind, "-") for kind in kinds]}
         for name, (logp, _) in scores.items():
-            example[name] = logp.split(lengths)[i].cpu().double().exp().round(decimals=4).tolist()
+            example[name] = [round(q, 4) for q in logp.split(lengths)[i].exp().tolist()]
         yield example
 
 
@@ -501,7 +501,7 @@ def warm_start(role, task, held_out, config, steps=200):
         with blame(f"--task {config.task}: its `characters` lack one"):
             prompts = tokenizer(texts).input_ids
             completions = tokenizer(solutions).input_ids
-        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]
+        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]  # or hinted
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
         tokens = torch.tensor([*chain(*completions)])
         torch.nn.functional.nll_loss(logp, tokens).backward()
@@ -519,7 +519,7 @@ READERS = {
     ".json": lambda path: json.loads(path.read_text("utf-8")),
     # As one array: an error then names its line.
     ".jsonl": lambda path: json.loads(f"[{','.join(path.open(encoding='utf-8'))}]"),
-    # A comma too many makes a list of the hint, which is refused below.
+    # Extra fields become a list under `hint`, which is refused.
     ".csv": lambda path: csv.DictReader(path.open(encoding="utf-8-sig"), restkey="hint"),
     ".parquet": pandas.read_parquet,
 }
@@ -698,7 +698,7 @@ def prepare(config, own_data) -> Ready:
         held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
         warm_start("teacher", task, held_out, config)
         warm_start("student", task, held_out, config)
-    # A task may bring its own: vision.py.
+    # vision.py brings its own. The splits share these rows.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
     if config.data:
@@ -717,7 +717,7 @@ def train(name, ready, log, config):
     policies = {who: Policy(models[whose], reads) for who, (whose, reads) in POLICIES.items()}
     optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=0.0)
     rows = ready.splits["train"]
-    prompts = cycle(random.Random(config.seed).sample(rows, len(rows)))  # in random order
+    prompts = cycle(random.Random(config.seed).sample(rows, len(rows)))  # shuffled once
     for step in tqdm(range(config.steps), name, unit="step"):
         torch.manual_seed(config.seed * 10**6 + step)  # seed and step decide every draw
         rows = [*islice(prompts, config.batch_size)]
@@ -739,7 +739,7 @@ def train(name, ready, log, config):
 
 @torch.no_grad()
 def evaluate(policy, rows, ready, config) -> dict[str, float]:
-    """Mean grades of a sampled completion per row, and mean entropy of its tokens (nats)."""
+    """One completion per row: mean grades of the rows that have them, mean entropy (nats)."""
     torch.manual_seed(config.seed)
     completions = rollout(policy, rows, 8 * config.micro_batch)
     grades = []
@@ -764,7 +764,7 @@ def run(config, own_data=OwnData) -> Ready:
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
     untrained = {"student before": ready.student, "teacher": ready.teacher}
     recipes = dict.fromkeys(config.recipe) if config.steps else ()
-    more = {"enabled": config.dtype == "bfloat16", "cache_enabled": False}  # it keeps old weights
+    more = {"enabled": config.dtype == "bfloat16", "cache_enabled": False}  # it keeps old casts
     autocast = torch.autocast(ready.student.device.type, torch.bfloat16, **more)
     rows = ready.splits["test"][: config.test_prompts]
     with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:

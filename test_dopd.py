@@ -537,6 +537,7 @@ GRADES = [  # pattern, completion, answer, right?
     (r"4|(x)", "4", "4", True),  # the group is not in the match
     (r"is (\d+)( dollars)?", "is 42 dollars", "42", True),
     (BOXED, r"so \boxed{\sqrt{\frac{1}{2}}}.", r"\sqrt{\frac{1}{2}}", True),
+    (BOXED, r"\boxed{7}, in \boxed{}", "7", True),
     ("(?s).+", "two\nlines", "two\r\nlines", True),
     (r"(a|aa)+$", "a" * 40 + "b", "a", False),  # an hour without a time limit
 ]
