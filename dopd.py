@@ -1,6 +1,6 @@
 """DOPD, Dual On-policy Distillation (arXiv 2606.30626), in one file.
 
-A student samples its own answers; a stronger teacher grades every token. In training both may read
+A student samples its own answers; a stronger teacher judges every token. In training both may read
 a hint that the student will not see later. For each token DOPD asks: if the student could read the
 hint too, would it agree with the teacher? If yes, a light correction is enough. If no, the one that
 is surer of the token teaches it.
@@ -49,8 +49,8 @@ def flag(default, text: str, **more):
 @dataclass
 class Config:
     task: str = flag("shortcut", "what tiny policies learn", choices=TASKS)
-    recipe: list[str] = flag(None, "all four; more are in tiny_tasks/recipes.py", choices=RECIPES)
-    seed: int = flag(0, "of all random draws")
+    recipe: list[str] = flag(None, "empty: four; more in tiny_tasks/recipes.py", choices=RECIPES)
+    seed: int = flag(0, "of draws, not of prompts")
     steps: int = flag(160, "optimizer steps; 0 only tests; paper: 200")
     batch_size: int = flag(16, "prompts per optimizer step; paper: 128")
     rollouts: int = flag(4, "completions sampled per prompt; paper: 4")
@@ -183,8 +183,8 @@ class OwnData:  # --data, for real models
         for answer in dict.fromkeys(row["answer"].strip() for row in rows):
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             written = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            found = self.answer(written) or written  # it may need its box
-            require(found == answer, f"--answer_regex, tokenizer: make {found!r} of {answer!r}")
+            found = self.answer(written) or written  # no match: no \boxed
+            require(found == answer, f"--answer_regex, tokenizer: {answer!r} becomes {found!r}")
 
 
 # --- policies: score and sample
@@ -220,7 +220,7 @@ class LogProbs:
 
 def score(policy: Policy, rows: list[dict], completions: list[list[int]], size=10_000) -> LogProbs:
     """Log-probs of the N tokens of the completions, each after what the policy reads of its row.
-    All padding is at the end, after all that a token sees: it needs no mask and no positions."""
+    Padding is at the end; a causal model never sees it: no mask and no positions are needed."""
     hidden = []
     for i in range(0, len(rows), size):
         batch = [*zip(rows[i : i + size], completions[i : i + size], strict=True)]
@@ -274,7 +274,7 @@ def js_divergence(student: Tensor, source: Tensor) -> Tensor:
 
 def top_k_with_tail(student: Tensor, source: Tensor, k: int) -> list[Tensor]:
     """Both log-probs (..., V) on the student's k likeliest words, and one bucket for all others:
-    two (..., k+1). The paper is silent about both. Without the bucket the rest would be free."""
+    two (..., k+1). Both are our choices. Without the bucket the rest would be free."""
     top = student.topk(min(k, student.shape[-1]), -1).indices  # (..., k)
     both = []
     for logp in (student, source):
@@ -390,14 +390,14 @@ def recipe_loss(recipe, student, sources: dict, weights: Tensor, top_k: int, sta
     student and weights begin at token `start` of the batch; the sources are of the whole batch."""
 
     def divergence(term: Term, index: Tensor) -> Tensor:
-        student_logp = student[index]  # (n, V)
-        source_logp = sources[term.source][start + index].detach()  # (n, V)
+        student_logp = student[index]
+        source_logp = sources[term.source][start + index].detach()  # both (n, V)
         pair = SUPPORTS[term.support](student_logp, source_logp, top_k)
         return DIVERGENCES[term.objective](*pair)  # (n,)
 
     total = 0.0
     for term, weight in zip(recipe.terms, weights, strict=True):
-        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # none: one empty part, still a graph
+        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # 0 tokens: one empty part has a grad
             losses = checkpoint(divergence, term, index, use_reentrant=False)
             total = total + (weight[index] * losses).sum()
     return total
@@ -445,7 +445,7 @@ def distill_step(recipe: Recipe, policies: dict, optimizer, rows: list[dict], co
 
 def clip_gradient(model) -> float:
     """The gradient's norm, before it is clipped to 1."""
-    for name, weight in reversed([*model.named_parameters()]):  # as the backward pass goes
+    for name, weight in reversed([*model.named_parameters()]):  # output to input: the first
         finite = weight.grad is None or weight.grad.isfinite().all()
         require(finite, f"the gradient is not finite, from {name} on; try a lower --lr")
     return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -484,7 +484,7 @@ def warm_start(role, task, held_out, config, steps=200):
     row = task.problem(rng)
     for hinted in (False, False, True, True):
         solution = task.solution(row, hinted, author, rng)
-        print(f"the {role}'s author, {row}, reads the hint: {hinted} -> {solution}")
+        print(f"{row}: the {role}'s author, hinted: {hinted}, writes {solution}")
     torch.manual_seed(config.seed)
     tokenizer, model = getattr(task, "build", tiny_policy)(task.characters, author.layers)
     model.vocabulary = len(tokenizer)
@@ -501,7 +501,7 @@ def warm_start(role, task, held_out, config, steps=200):
         with blame(f"--task {config.task}: its `characters` lack one"):
             prompts = tokenizer(texts).input_ids
             completions = tokenizer(solutions).input_ids
-        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]  # or hinted
+        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]  # whichever
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
         tokens = torch.tensor([*chain(*completions)])
         torch.nn.functional.nll_loss(logp, tokens).backward()
@@ -517,9 +517,9 @@ def warm_start(role, task, held_out, config, steps=200):
 # --- rows and models
 READERS = {
     ".json": lambda path: json.loads(path.read_text("utf-8")),
-    # As one array: an error then names its line.
-    ".jsonl": lambda path: json.loads(f"[{','.join(path.open(encoding='utf-8'))}]"),
-    # Extra fields become a list under `hint`, which is refused.
+    # As one array: an error then names its line, or the next.
+    ".jsonl": lambda path: json.loads(f"[{path.read_text('utf-8').strip()}]".replace("\n", ",\n")),
+    # A row too long puts a list in `hint`, which is refused.
     ".csv": lambda path: csv.DictReader(path.open(encoding="utf-8-sig"), restkey="hint"),
     ".parquet": pandas.read_parquet,
 }
@@ -625,7 +625,7 @@ def check_scores(model, rows):
     steps = min(4, model.generation_config.max_new_tokens)
     options = {"max_new_tokens": steps, "min_new_tokens": steps, "output_logits": True}
     half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
-    bound = 0.3 if half else 1e-3  # nats; bfloat16 is coarse
+    bound = 0.3 if half else 1e-3  # nats; autocast: from TRL
     for reads in ("plain", "hinted"):
         policy = Policy(model, reads)
         ranked = sorted(rows, key=lambda row: len(row[policy.reads]))
@@ -689,7 +689,7 @@ def prepare(config, own_data) -> Ready:
         task = own_data(config)
         rows = getattr(task, "read_rows", read_rows)(config)
     else:
-        torch.set_num_threads(1)  # of a tiny model, more would wait for one another
+        torch.set_num_threads(1)  # tiny models: more would be slower
         task = TASKS[config.task]
         rng = random.Random(0)  # the same prompts for every seed
         rows = [task.problem(rng) for _ in range(12_000)]
@@ -698,7 +698,7 @@ def prepare(config, own_data) -> Ready:
         held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
         warm_start("teacher", task, held_out, config)
         warm_start("student", task, held_out, config)
-    # vision.py brings its own. The splits share these rows.
+    # vision.py has others. `encode` changes the splits, too.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
     if config.data:

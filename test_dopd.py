@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import time
+import xml.dom.minidom
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -707,6 +708,18 @@ def test_a_full_disk_ends_a_run_that_keeps_what_it_has(pair, monkeypatch, capsys
     assert not torch.equal(kept.lm_head.weight, first.lm_head.weight)
 
 
+def test_the_report_of_a_pair(pair):
+    """Catches control characters that a random model writes: no browser opens such an SVG."""
+    dopd.main(f"{on(pair)} --recipe dopd --steps 2 --out run".split())
+    steps = Path("run/metrics.jsonl").read_text()
+    control = bpe().get_vocab()["\u0115"]  # byte 0x15, as BPE writes it
+    steps = re.sub(r'"ids": \[\d+', f'"ids": [{control}', steps)
+    Path("run/metrics.jsonl").write_text(steps)
+    drawn = python(Path(dopd.__file__).with_name("tiny_tasks") / "report.py", "run")
+    assert drawn.returncode == 0 and b"cut off" in drawn.stdout, drawn.stderr[-3000:]
+    assert "x15" in str(xml.dom.minidom.parse("run/tokens.svg").toxml())
+
+
 def test_a_script_that_only_tests_on_an_odd_terminal(pair):
     """Catches a name that exists only after an import, an end that needs a training, and a print
     that ends a run."""
@@ -771,11 +784,19 @@ def test_texts_stand_in_the_rows_as_in_the_file():
     table = pandas.DataFrame(rows)
     write_rows("data1.jsonl", rows[:1])
     write_rows("data[1].jsonl", rows)
+    Path("blank.jsonl").write_text(Path("data[1].jsonl").read_text() + "\n\n")
     Path("data.json").write_text(json.dumps(rows))
     table.to_csv("data.csv", index=False, encoding="utf-8-sig")  # as Excel does
     Path("folder").mkdir()
     table.to_parquet("folder/data.parquet")
-    for data in ("data[1].jsonl", "data.json", "data.csv", "folder/data.parquet", "folder"):
+    for data in (
+        "data[1].jsonl",
+        "blank.jsonl",
+        "data.json",
+        "data.csv",
+        "folder/data.parquet",
+        "folder",
+    ):
         assert dopd.read_rows(Config(data=data)) == rows
     Path("data.csv").write_text("prompt,answer,hint\nYes, or no?,yes,it is\nNo?,no,\n")
     with pytest.raises(UserError, match="row 1: hint"):  # a comma too many

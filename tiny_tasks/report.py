@@ -115,10 +115,17 @@ def task_of(config: dict):
     return dopd.TASKS.get(config["task"])
 
 
+def visible(text: str) -> str:
+    """Line ends and control characters, which an SVG cannot hold, as Python writes them."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def judge(example: dict, task, tokenizer) -> str:
     """Is the completion right?"""
     if task is None:
         return "not graded: its script has the task"
+    if tokenizer.decode(example["ids"][-1:], skip_special_tokens=True):
+        return "wrong: it was cut off"
     text = tokenizer.decode(example["ids"], skip_special_tokens=True)
     right = task.grade(example, text).get("exact match")
     return {True: "right", False: "wrong"}.get(right, "not graded: it needs a guess")
@@ -135,7 +142,7 @@ def print_rollout(example: dict, verdict: str, tokenizer, colours: dict, console
     short = {"privileged_teacher": "q_T", "privileged_student": "q_S"}
     policies = [key for key in example if isinstance(example[key], list)]
     policies = [key for key in policies if key not in ("ids", "regimes")]
-    rows = {"token": [tokenizer.decode([token]) for token in example["ids"]]}
+    rows = {"token": [visible(tokenizer.decode([token])) for token in example["ids"]]}
     rows["regime"] = example["regimes"]
     for policy in policies:
         rows[short.get(policy, policy)] = [f"{q:.2f}" for q in example[policy]]
@@ -153,10 +160,11 @@ def print_rollout(example: dict, verdict: str, tokenizer, colours: dict, console
 def print_tokens(steps: list[dict], config: dict, folder: Path) -> None:
     """The first and the last step of every recipe that routes its tokens."""
     console, task = Console(record=True, width=90), task_of(config)
-    for _, group in itertools.groupby(steps, key=lambda row: row["recipe"]):
+    routed = [row for row in steps if len(row["regime_share"]) > 1]
+    if not routed:
+        return
+    for _, group in itertools.groupby(routed, key=lambda row: row["recipe"]):
         own = list(group)
-        if len(own[0]["regime_share"]) < 2:
-            continue
         path = Path(folder, own[0]["recipe"])
         tokenizer = transformers.AutoTokenizer.from_pretrained(path if path.exists() else folder)
         colours = colours_of(own[0]["regime_share"])
@@ -224,7 +232,8 @@ def plot_router(steps: list[dict], file: Path) -> None:
         areas = row_of_axes[0].stackplot(x, shares.T.values, colors=colours.values())
         handles |= zip(map(label_of, shares), areas, strict=True)
         row_of_axes[0].set(title=f"{name}: where the tokens go", ylim=(0, 1), xlim=(x[0], x[-1]))
-        row_of_axes[0].set(xlabel="step", ylabel="share of the tokens")
+        row_of_axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        row_of_axes[0].set(xlabel="step", ylabel="share of the tokens (white: no term)")
         quarter = max(1, len(own) // 4)
         plot_plane(row_of_axes[1], name, own[:quarter], colours)
         plot_plane(row_of_axes[2], name, own[-quarter:], colours)
