@@ -95,13 +95,15 @@ def result_tables(tested: list[dict], recipes: list[str]) -> list[Table]:
 
 
 def command_of(config: dict) -> str:
-    """The flags that are not the defaults."""
+    """The script, and the flags that are not the defaults."""
+    known = config["task"] in dopd.TASKS and {*config["recipe"]} <= {*dopd.RECIPES}
+    script = "dopd.py" if known else "(the script that adds this recipe or task)"
     flags = []
     for name, value in vars(dopd.Config(**config)).items():
         if value != getattr(dopd.Config, name) and name != "out":
             flags.append(f"--{name}")
             flags += [str(each) for each in (value if isinstance(value, list) else [value])]
-    return shlex.join(flags)
+    return f"python {script} {shlex.join(flags)}"
 
 
 def number(value: float | None) -> str:
@@ -270,7 +272,7 @@ def main(argv: list[str]) -> None:
         plot_router(steps, folder / "router.png")
     tables = result_tables(tested, config["recipe"])
     with open(folder / "report.md", "w", encoding="utf-8") as file:
-        print(f"`python dopd.py {command_of(config)}`\n", file=file)
+        print(f"`{command_of(config)}`\n", file=file)
         given = f"task {config['data'] or config['task']}, seed {config['seed']}"
         print(f"{given}, {config['steps']} steps\n", file=file)
         for console in (Console(), Console(file=file, width=100)):
