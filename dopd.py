@@ -197,7 +197,7 @@ class Policy(NamedTuple):
         return self.model.see(rows, self.reads, ids) if hasattr(self.model, "see") else {}
 
 
-# (model, what it reads). The anchor is the student itself, or an older copy.
+# (model, what it reads). The anchor: the student, an old copy or an average.
 POLICIES = {
     "student": ("student", "plain"),
     "privileged_student": ("anchor", "hinted"),
@@ -308,7 +308,7 @@ def advantage_gap(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
 def route(scores: dict[str, Scores]) -> Tensor:
     """The regime (N,) of every sampled token. The thresholds are means over all N tokens, so give
     it the whole batch. The largest 5% of the gaps, the outliers, are left out of the means; they
-    are routed all the same."""
+    are routed, too."""
     teacher_logp = scores["privileged_teacher"].logp.float()
     student_logp = scores["privileged_student"].logp.float()
     q_teacher, q_student = teacher_logp.exp(), student_logp.exp()
@@ -397,7 +397,7 @@ def recipe_loss(recipe, student, sources: dict, weights: Tensor, top_k: int, sta
 
     total = 0.0
     for term, weight in zip(recipe.terms, weights, strict=True):
-        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # 0 tokens: one empty part has a grad
+        for index in weight.nonzero()[:, 0].split(AT_ONCE):  # none: one empty part, for backward
             losses = checkpoint(divergence, term, index, use_reentrant=False)
             total = total + (weight[index] * losses).sum()
     return total
@@ -501,7 +501,7 @@ def warm_start(role, task, held_out, config, steps=200):
         with blame(f"--task {config.task}: its `characters` lack one"):
             prompts = tokenizer(texts).input_ids
             completions = tokenizer(solutions).input_ids
-        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]  # whichever
+        rows = [row | {"plain": ids} for row, ids in zip(rows, prompts, strict=True)]  # or hinted
         logp = score(Policy(model, "plain"), rows, completions)[:]  # (N, V)
         tokens = torch.tensor([*chain(*completions)])
         torch.nn.functional.nll_loss(logp, tokens).backward()
@@ -698,7 +698,7 @@ def prepare(config, own_data) -> Ready:
         held_out = {row["prompt"] for row in splits["validation"] + splits["test"]}
         warm_start("teacher", task, held_out, config)
         warm_start("student", task, held_out, config)
-    # vision.py has others. `encode` changes the splits, too.
+    # vision.py has its own. The splits hold the same dicts.
     tokenizer, *models = getattr(task, "load", load)(config, task.max_new_tokens)
     getattr(task, "encode", encode)(rows, tokenizer, models, task.hint_template)
     if config.data:
@@ -764,7 +764,7 @@ def run(config, own_data=OwnData) -> Ready:
     Path(config.out, "config.json").write_text(json.dumps(vars(config), indent=1))
     untrained = {"student before": ready.student, "teacher": ready.teacher}
     recipes = dict.fromkeys(config.recipe) if config.steps else ()
-    more = {"enabled": config.dtype == "bfloat16", "cache_enabled": False}  # it keeps old casts
+    more = {"enabled": config.dtype == "bfloat16", "cache_enabled": False}  # stale after a step
     autocast = torch.autocast(ready.student.device.type, torch.bfloat16, **more)
     rows = ready.splits["test"][: config.test_prompts]
     with autocast, open(f"{config.out}/metrics.jsonl", "w", 1) as log:
@@ -779,7 +779,7 @@ def run(config, own_data=OwnData) -> Ready:
 
 # --- the command line
 def main(argv, own_data=OwnData):
-    """`own_data`: reads --data and grades its completions."""
+    """`own_data`: the class of the task for --data."""
     if hasattr(sys.stdout, "reconfigure"):  # an odd terminal must not end a run
         sys.stdout.reconfigure(errors="replace")
     transformers.utils.logging.disable_progress_bar()
