@@ -637,9 +637,7 @@ def check_scores(model, rows):
         for size in (1, 2):  # alone and together
             change = (score(policy, pair, completions, size)[:] - expected).abs()
             error = (expected.exp() * change).sum(-1).mean().item()
-            fault = (
-                f"not supported, padding, dropout or head bias moves its scores by {error:.2g} nats"
-            )
+            fault = f"not supported: padding, dropout or head bias, {error:.2g} nats of error"
             require(error < bound, f"{model.name_or_path}: {fault}")
 
 
