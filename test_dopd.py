@@ -581,6 +581,10 @@ def write_rows(name, rows):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
 def on(pair):
     """Flags for the pair, and their data, in which every prompt occurs twice."""
     write_rows("sums.jsonl", SUMS)
@@ -616,8 +620,7 @@ def test_the_tiny_experiment_twice(monkeypatch):
     for folder, every in (("one", 4), ("two", 2)):
         torch.manual_seed(len(learned))  # nothing hangs on the random numbers before
         dopd.main(f"{SMALL} --eval_every {every} --out {folder} --recipe dopd".split())
-        rows = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
-        logs.append([row | {"validation": None} for row in rows])
+        logs.append([row | {"validation": None} for row in log_of(folder)])
     assert logs[0] == logs[1]
     for file in ("teacher/model.safetensors", "dopd/model.safetensors"):
         assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
@@ -679,8 +682,7 @@ def test_bfloat16_sees_the_weights_of_now(pair):
     flags |= {"data": "sums.jsonl", "max_new_tokens": 6, "dtype": "bfloat16", "lr": 1e-2}
     config = Config(recipe=["opd"], out="run", **flags)
     ready = dopd.run(config)
-    rows = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
-    tested = {row["tested"]: row["test"]["entropy"] for row in rows if "tested" in row}
+    tested = {row["tested"]: row["test"]["entropy"] for row in log_of("run") if "tested" in row}
     saved = load(pair / "teacher", "run/opd")[2]
     with torch.autocast("cpu", torch.bfloat16):
         grades = dopd.evaluate(Policy(saved, "plain"), ready.splits["test"], ready, config)
@@ -702,7 +704,7 @@ def test_a_full_disk_ends_a_run_that_keeps_what_it_has(pair, monkeypatch, capsys
     line = refused([*on(pair).split(), "--recipe", "opd", "--lr", "1e-2", "--out", "full"], capsys)
     assert "--out full" in line and "No space" in line
     assert saved == [4 + 1, 4 + 3]  # lines that are there: tests of the pair, and steps
-    log = [json.loads(line) for line in Path("full/metrics.jsonl").read_text().splitlines()]
+    log = log_of("full")
     assert [row["step"] for row in log if "step" in row] == [1, 2, 3]
     assert log[5]["validation"]["exact match"] == 0
     kept, first = load(pair / "teacher", "full/opd")[2], load(pair / "teacher", pair / "student")[2]
@@ -728,7 +730,7 @@ def test_a_script_that_only_tests_on_an_odd_terminal(pair):
     write_rows("chinese.jsonl", [row | {"hint": row["hint"] + "你好"} for row in SUMS])
     ended = python(dopd.__file__, *flags.split(), "--steps", "0", "--out", "run")
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
+    assert len(log_of("run")) == 4
 
 
 # --- data, models and flags of users

@@ -577,10 +577,10 @@ def draw() -> None:
     files = sorted(RESULTS.glob("*.csv"))
     frames = {file.stem: pandas.read_csv(file, dtype={"commit": str}) for file in files}
     frames["bookkeeping"] = bookkeeping(frames)
-    both = pandas.concat([frames["situations"], frames["agree_30"]])
-    both = both.drop_duplicates(["setting", "method", "seed"])
-    frames["situations"] = both
-    agree = both.query("method in ['agree', 'agree_30'] and setting in @five and seed < 3")
+    whole = pandas.concat([frames["situations"], frames["agree_30"]])
+    whole = whole.drop_duplicates(["setting", "method", "seed"])
+    frames["situations"] = whole
+    agree = whole.query("method in ['agree', 'agree_30'] and setting in @five and seed < 3")
     frames["agree_parts"] = pandas.concat([agree, frames["agree_parts"]])
     write_tables(frames)
     seaborn.set_theme(style="whitegrid")

@@ -160,12 +160,9 @@ def print_rollout(example: dict, verdict: str, tokenizer, colours: dict, console
 
 
 def print_tokens(steps: list[dict], config: dict, folder: Path) -> None:
-    """The first and the last step of every recipe that routes its tokens."""
+    """The first and the last step of every recipe."""
     console, task = Console(record=True, width=90), task_of(config)
-    routed = [row for row in steps if len(row["regime_share"]) > 1]
-    if not routed:
-        return
-    for _, group in itertools.groupby(routed, key=lambda row: row["recipe"]):
+    for _, group in itertools.groupby(steps, key=lambda row: row["recipe"]):
         own = list(group)
         path = Path(folder, own[0]["recipe"])
         tokenizer = transformers.AutoTokenizer.from_pretrained(path if path.exists() else folder)
@@ -208,22 +205,20 @@ def plot_curves(tested: list[dict], steps: list[dict], file: Path) -> None:
         for name, style in (("teacher", "--"), ("teacher, with the hint", ":")):
             if grade in grades[name]:
                 axis.axhline(grades[name][grade], color="black", linestyle=style, label=name)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(title=f"{grade}, without the hint", xlabel="step", ylabel="share", ylim=(0, 1))
     axes[2].set(title="entropy of the student, mean of 10 steps", xlabel="step", ylabel="nats")
-    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[2].set_ylim(0, 1.1 * max(row["entropy"] for row in steps) + 0.01)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6)
     figure.savefig(file, dpi=80)
 
 
 def plot_router(steps: list[dict], file: Path) -> None:
-    """For every recipe with a router: the shares of the regimes. If it read both privileged
-    policies: every shown token at (q_S, q_T), in the first and the last quarter of the training."""
-    names = dict.fromkeys(row["recipe"] for row in steps if len(row["regime_share"]) > 1)
-    if not names:
-        return
+    """For every recipe: the shares of the regimes. If its router read both privileged policies:
+    every shown token at (q_S, q_T), in the first and the last quarter of the training."""
+    names = dict.fromkeys(row["recipe"] for row in steps)
     figure = Figure(figsize=(14, 4.4 * len(names) + 0.4), layout="constrained")
     axes, handles = figure.subplots(len(names), 3, squeeze=False), {}
     for row_of_axes, name in zip(axes, names, strict=True):
@@ -267,9 +262,11 @@ def main(argv: list[str]) -> None:
     folder = parser.parse_args(argv).folder
     config, tested, steps = read_run(folder)
     if steps:
-        print_tokens(steps, config, folder)
         plot_curves(tested, steps, folder / "curves.png")
-        plot_router(steps, folder / "router.png")
+    routed = [row for row in steps if len(row["regime_share"]) > 1]
+    if routed:
+        print_tokens(routed, config, folder)
+        plot_router(routed, folder / "router.png")
     tables = result_tables(tested, config["recipe"])
     with open(folder / "report.md", "w", encoding="utf-8") as file:
         print(f"`{command_of(config)}`\n", file=file)

@@ -159,10 +159,10 @@ def check(config: DOPDConfig, model: trl.ModelConfig) -> dopd.Config:
     dopd.check(own)
     for flags in (config, model):
         for name in REFUSED:
-            if getattr(flags, name, None) != getattr(type(flags), name, None):
-                raise dopd.UserError(f"--{name}: not supported")
-    if dopd.RECIPES[config.recipe].anchor_decay not in (0, 1):
-        raise dopd.UserError(f"--recipe {config.recipe}: its anchor moves; not supported")
+            fine = getattr(flags, name, None) == getattr(type(flags), name, None)
+            dopd.require(fine, f"--{name}: not supported")
+    fine = dopd.RECIPES[config.recipe].anchor_decay in (0, 1)
+    dopd.require(fine, f"--recipe {config.recipe}: its anchor moves; not supported")
     return own
 
 
@@ -171,8 +171,8 @@ def train(config: DOPDConfig, model: trl.ModelConfig) -> None:
     rows = dopd.read_rows(own)
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     step *= config.world_size
-    if len(rows) * config.rollouts < step:
-        raise dopd.UserError(f"--data: {len(rows)} rows do not fill a step of {step} completions")
+    fault = f"--data: {len(rows)} rows do not fill a step of {step} completions"
+    dopd.require(len(rows) * config.rollouts >= step, fault)
     tokenizer, teacher, student = dopd.load(own, own.max_new_tokens)
     if config.process_index == 0:
         dopd.encode(rows, tokenizer, (teacher, student), config.hint_template)
